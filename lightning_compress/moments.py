@@ -1,0 +1,275 @@
+"""Points in time, and ramps between them.
+
+A user writes a point in time as Lightning does: an ``int`` is optimizer steps, a ``float`` is a fraction of the run,
+a string such as ``"3ep"`` is epochs. :class:`Moment` is the one parser of it; every callback uses it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Literal
+
+MomentLike = int | float | str  # `int` first: jsonargparse takes the first that fits, and 1 is not 1.0
+Ramp = Callable[[float], float]
+
+_EPOCHS = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?:ep|epochs?)")
+_ALLOWED = "an int (optimizer steps), a float in [0, 1] (a fraction of the run) or a string such as '3ep' (epochs)"
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run is, as far as it can be known.
+
+    Args:
+        steps: Optimizer steps of the whole run, ``None`` where nobody can tell.
+        steps_per_epoch: Optimizer steps of one epoch, ``None`` where nobody can tell.
+        reason: Why something is ``None``, for the error message.
+    """
+
+    steps: int | None
+    steps_per_epoch: int | None
+    reason: str = "the run has no known length"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point in time: a number and its unit.
+
+    Example::
+
+        >>> run = RunLength(steps=200, steps_per_epoch=20)
+        >>> [Moment.parse(value).resolve(run) for value in (7, 0.5, 1, 1.0, "3ep", "1e-1")]
+        [7, 100, 1, 200, 60, 20]
+    """
+
+    value: float
+    unit: Literal["steps", "fraction", "epochs"]
+
+    @classmethod
+    def parse(cls, value: MomentLike | Moment, name: str = "moment") -> Moment:
+        """Read what a user wrote.
+
+        Numbers in strings mean what they mean bare, since YAML reads ``1e-1`` as a string.
+
+        Args:
+            value: An ``int`` ≥ 0, a ``float`` in [0, 1], or a string such as ``"3ep"`` or ``"0.5ep"``.
+            name: The argument's name, for the error message.
+
+        Raises:
+            ValueError: If the value is none of these.
+            TypeError: If it is of another type (``bool`` included).
+        """
+        if isinstance(value, Moment):
+            return value
+        if isinstance(value, str):
+            return cls._parse_text(value, name)
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"`{name}` must be {_ALLOWED}, got {value!r} of type {type(value).__name__}.")
+        if isinstance(value, Integral):
+            if value < 0:
+                raise ValueError(f"`{name}` in optimizer steps must be 0 or more, got {value!r}.")
+            return cls(int(value), "steps")
+        if not 0.0 <= float(value) <= 1.0:  # NaN is refused here too
+            raise ValueError(
+                f"`{name}` as a float is a fraction of the run and must lie in [0, 1], got {value!r}. "
+                f"For optimizer steps give an int, for epochs a string such as '3ep'."
+            )
+        return cls(float(value), "fraction")
+
+    @classmethod
+    def _parse_text(cls, text: str, name: str) -> Moment:
+        stripped = text.strip()
+        if match := _EPOCHS.fullmatch(stripped):
+            return cls(float(match[1]), "epochs")
+        for number in (int, float):
+            try:
+                return cls.parse(number(stripped), name)
+            except ValueError as error:
+                if f"`{name}`" in str(error):
+                    raise
+        raise ValueError(f"`{name}` must be {_ALLOWED}, got {text!r}.")
+
+    def resolve(self, run: RunLength, name: str = "moment") -> int:
+        """Return the moment as a number of optimizer steps, counted from the start of the run.
+
+        Raises:
+            ValueError: If the run's length is not known and the moment depends on it.
+        """
+        if self.unit == "steps":
+            return int(self.value)
+        length = run.steps if self.unit == "fraction" else run.steps_per_epoch
+        if length is None:
+            what = "a fraction of the run" if self.unit == "fraction" else "a number of epochs"
+            raise ValueError(
+                f"`{name}={self}` is {what}, but {run.reason}. Give `{name}` in optimizer steps (an int), "
+                f"or give the Trainer `max_steps`, or `max_epochs` and a loader with a length."
+            )
+        return math.floor(self.value * length + 0.5)
+
+    def __str__(self) -> str:
+        return f"{self.value:g}ep" if self.unit == "epochs" else repr(self.value)
+
+    def is_after(self, other: Moment) -> bool:
+        """Whether this moment surely comes after another: only moments of one unit can be compared before the run."""
+        return self.unit == other.unit and self.value > other.value
+
+
+def number(value: object, name: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """Return a number within [low, high]; numbers in strings count, since YAML reads ``1e-4`` as a string.
+
+    Example::
+
+        >>> number("1e-1", "strength", 0.0)
+        0.1
+
+    Raises:
+        ValueError: If it lies outside, or is NaN.
+        TypeError: If it is no number (``bool`` is none).
+    """
+    allowed = f"a number in [{low:g}, {high:g}]"
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"`{name}` must be {allowed}, got {value!r}.") from None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be {allowed}, got {value!r} of type {type(value).__name__}.")
+    if not low <= float(value) <= high:
+        raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
+    return float(value)
+
+
+def refuse_if_after(begin: Moment, end: Moment, begin_name: str = "begin", end_name: str = "end") -> None:
+    """Raise ``ValueError`` where `begin` surely comes after `end`; moments of unlike units wait for the run."""
+    if begin.is_after(end):
+        raise ValueError(f"`{begin_name}={begin}` comes after `{end_name}={end}`: give a `{begin_name}` before it.")
+
+
+def resolve_span(
+    begin: Moment, end: Moment, run: RunLength, begin_name: str = "begin", end_name: str = "end"
+) -> tuple[int, int]:
+    """Return two moments in optimizer steps and refuse a span that ends before it begins.
+
+    Example::
+
+        >>> resolve_span(Moment.parse(0.25), Moment.parse(1.0), RunLength(steps=80, steps_per_epoch=8))
+        (20, 80)
+
+    Raises:
+        ValueError: If the begin comes after the end, as ``begin=0.5`` and ``end=1`` (step 1) do in a long run.
+    """
+    first, last = begin.resolve(run, begin_name), end.resolve(run, end_name)
+    if first > last:
+        hint = ""
+        if end.unit == "steps" and end.value == 1:
+            hint = f" `{end_name}=1` is one optimizer step; the whole run is `{end_name}=1.0`."
+        raise ValueError(
+            f"`{begin_name}={begin}` is optimizer step {first} of this run and comes after `{end_name}={end}`, "
+            f"which is step {last}.{hint}"
+        )
+    return first, last
+
+
+def progress(step: int, begin: int, end: int) -> float:
+    """Return how far a step is between two others, within [0, 1]; a span of no length is over once it is reached.
+
+    Example::
+
+        >>> [progress(step, 10, 30) for step in (5, 10, 20, 30, 99)]
+        [0.0, 0.0, 0.5, 1.0, 1.0]
+    """
+    if step < begin:
+        return 0.0
+    return 1.0 if step >= end else (step - begin) / (end - begin)
+
+
+def linear(t: float) -> float:
+    """Return the share of the way that is done at progress `t`, evenly: t.
+
+    Example::
+
+        >>> linear(0.25)
+        0.25
+    """
+    return t
+
+
+def cubic(t: float) -> float:
+    """Return 1 − (1 − t)³: fast at first, ever slower (Zhu and Gupta 2017, arXiv 1710.01878).
+
+    Example::
+
+        >>> cubic(0.5)
+        0.875
+    """
+    return 1.0 - (1.0 - t) ** 3
+
+
+def cosine(t: float) -> float:
+    """Return (1 − cos πt) / 2: slow at both ends.
+
+    Example::
+
+        >>> cosine(0.0), round(cosine(0.5), 6), cosine(1.0)
+        (0.0, 0.5, 1.0)
+    """
+    return (1.0 - math.cos(math.pi * t)) / 2.0
+
+
+def exponential(t: float) -> float:
+    """Return (1 − e^(−5t)) / (1 − e^(−5)): what is left to do shrinks by the same factor in equal times.
+
+    Example::
+
+        >>> exponential(0.0), exponential(1.0), round(exponential(0.2), 2)
+        (0.0, 1.0, 0.64)
+    """
+    return math.expm1(-5.0 * t) / math.expm1(-5.0)
+
+
+def one_shot(t: float) -> float:
+    """Return 1 at once, whatever `t` is: all of it at `begin`.
+
+    Example::
+
+        >>> one_shot(0.0)
+        1.0
+    """
+    return 1.0
+
+
+RAMPS: dict[str, Ramp] = {
+    "cubic": cubic,
+    "linear": linear,
+    "cosine": cosine,
+    "exponential": exponential,
+    "one_shot": one_shot,
+}
+
+
+def ramp(schedule: str | Ramp, name: str = "schedule") -> Ramp:
+    """Return a ramp by its name, or check a callable that maps progress in [0, 1] to the share that is done.
+
+    Raises:
+        ValueError: If the name is unknown, or the callable does not end at 1 or leaves [0, 1] on its way.
+        TypeError: If it is neither a string nor callable, or does not return a number.
+    """
+    if isinstance(schedule, str):
+        if schedule not in RAMPS:
+            raise ValueError(f"`{name}` must be one of {', '.join(RAMPS)} or a callable, got {schedule!r}.")
+        return RAMPS[schedule]
+    if not callable(schedule):
+        raise TypeError(f"`{name}` must be one of {', '.join(RAMPS)} or a callable, got {schedule!r}.")
+    for t in (0.0, 0.25, 0.5, 0.75, 1.0):
+        share = schedule(t)
+        if isinstance(share, bool) or not isinstance(share, Real):
+            raise TypeError(f"`{name}` must return a number, got {share!r} at progress {t}.")
+        if not 0.0 <= float(share) <= 1.0:
+            raise ValueError(f"`{name}` must stay within [0, 1], got {share!r} at progress {t}.")
+    if not math.isclose(float(schedule(1.0)), 1.0, abs_tol=1e-9):
+        raise ValueError(f"`{name}` must return 1 at progress 1, got {schedule(1.0)!r}: the target is never reached.")
+    return schedule

@@ -1,0 +1,92 @@
+"""What a callback may ask of a running Trainer: how long the run is, and where it stands.
+
+``trainer.estimated_stepping_batches`` builds the training loader; asked before the loops are restored it breaks a
+resumed run without a word. So :func:`run_length` may be called from ``on_train_start`` on, and not before.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from lightning_compress.moments import RunLength
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+def run_length(trainer: Trainer) -> RunLength:
+    """Return the length of the run in the unit of :func:`steps_done`.
+
+    Under automatic optimization that is the trainer's own estimate. Under manual optimization a step is a training
+    batch, since nobody can know how often ``training_step`` will step which optimizer; ``max_steps``, which counts the
+    steps of every optimizer there, is divided by their number.
+    """
+    batches = trainer.num_training_batches
+    # GradientAccumulationScheduler holds {first epoch: batches a step}
+    changing = (callback.scheduling for callback in callbacks(trainer) if hasattr(callback, "scheduling"))
+    accumulation = next(changing, {0: trainer.accumulate_grad_batches})
+    reason = "neither `max_epochs` nor `max_steps` limits the run"
+    per_epoch: int | None = None
+    limits = []
+    if batches == math.inf:
+        reason = "the training loader has no length"
+    else:
+        if len(accumulation) > 1:
+            reason = "`accumulate_grad_batches` changes from epoch to epoch"
+        else:
+            per_epoch = math.ceil(batches / accumulation[0])
+        if trainer.max_epochs not in (None, -1):
+            starts = sorted(accumulation)
+            for epoch, next_epoch in zip(starts, [*starts[1:], trainer.max_epochs], strict=True):
+                limits.append(
+                    math.ceil(batches / accumulation[epoch]) * max(min(next_epoch, trainer.max_epochs) - epoch, 0)
+                )
+            limits = [sum(limits)]
+    if trainer.max_steps != -1:
+        optimizers = 1 if trainer.lightning_module.automatic_optimization else max(len(trainer.optimizers), 1)
+        limits.append(math.ceil(trainer.max_steps / optimizers))
+    return RunLength(min(limits) if limits else None, per_epoch, reason)
+
+
+def steps_done(trainer: Trainer, pl_module: LightningModule) -> int:
+    """Return the number of steps that the run has taken, right in ``on_train_start`` and ``on_train_batch_end``.
+
+    Optimizer steps under automatic optimization (a step that loss scaling skipped counts, as it does for the trainer);
+    training batches under manual optimization (see :func:`run_length`).
+    """
+    if pl_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.epoch_loop.total_batch_idx + 1
+
+
+def callbacks(trainer: Trainer) -> list[Callback]:
+    """Return the trainer's callbacks."""
+    return trainer.callbacks  # type: ignore[attr-defined]  # set by its callback connector
+
+
+def plain(value: Any) -> Any:
+    """Return OmegaConf's containers as the plain lists and dicts that they stand for; anything else as it is.
+
+    Hydra hands its own containers to a callback. They are neither ``list`` nor ``dict``, and a checkpoint that holds
+    one does not load with ``weights_only=True``.
+    """
+    if type(value).__module__.startswith("omegaconf."):
+        from omegaconf import OmegaConf
+
+        return OmegaConf.to_container(value, resolve=True)
+    return value
+
+
+def refuse_sharding(trainer: Trainer, callback: Any) -> None:
+    """Raise where the strategy splits parameters among processes, which the callback cannot follow yet.
+
+    Raises:
+        ValueError: With the strategy's name and those that work.
+    """
+    strategy = type(trainer.strategy).__name__
+    if strategy in ("FSDPStrategy", "ModelParallelStrategy") or "DeepSpeed" in strategy:
+        raise ValueError(
+            f"{type(callback).__name__} cannot act on the sharded parameters of {strategy}. "
+            f"Use Trainer(strategy='ddp') or a single device."
+        )
