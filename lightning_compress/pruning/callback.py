@@ -1,0 +1,565 @@
+"""The pruning callback: when weights are pruned."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_compress import registry
+from lightning_compress.modules import Target, as_patterns, clean_name, select_parameters
+from lightning_compress.moments import Moment, MomentLike, Ramp, number, progress, ramp, refuse_if_after, resolve_span
+from lightning_compress.pruning.activations import InputNorms
+from lightning_compress.pruning.allocation import SCOPES
+from lightning_compress.pruning.granularity import Field, Granularity, element_fields
+from lightning_compress.pruning.importance import CRITERIA, Criterion
+from lightning_compress.pruning.pruner import Group, Pruner
+from lightning_compress.training import callbacks, plain, refuse_sharding, run_length, steps_done
+
+CriterionName = Literal["magnitude", "gradient", "gradient_weight", "activation_weight", "movement", "random"]
+
+
+class GradualPruning(Callback):
+    """Prune a model while it trains, a little every few steps, to exactly the sparsity that is asked for.
+
+    At ``begin``, every ``every`` steps and at ``end``, at the end of the training batch, the lowest-scoring weights
+    become zero, until ``final_sparsity`` of them are. They stay zero from then on: their gradients are cleared before
+    each optimizer step and the weights set to zero right after it. The parameters keep their names and hold their
+    zeros, so every checkpoint is as sparse as ``compress/sparsity`` says and loads into the plain model.
+
+    With S₀ and S₁ the first and last sparsity, t the progress from ``begin`` to ``end`` in [0, 1] and f the
+    ``schedule``, the sparsity is S(t) = S₀ + (S₁ − S₀)·f(t). The zeros of a model that is already sparse are kept, and
+    S₀ is then at least what it brings.
+
+    Args:
+        final_sparsity: The share of the weights (blocks, channels, heads) that are zero at the end, in (0, 1); or a
+            dict of patterns on module names and their sparsity, ``{"backbone.*": 0.9, "head": 0.5}``, of which the
+            first that matches counts. N:M sets its own sparsity, 1 − N/M: leave it out there.
+        initial_sparsity: The sparsity at ``begin``, in [0, 1).
+        criterion: How a weight is scored, the lowest go first: ``"magnitude"`` |w|, ``"gradient"`` Σ|∂L/∂w|,
+            ``"gradient_weight"`` Σ|w·∂L/∂w| (Taylor), ``"activation_weight"`` |w|·‖x‖ with the norm of the weight's
+            input, ``"movement"`` −Σ w·∂L/∂w over the whole run, ``"random"``, or a
+            :class:`~lightning_compress.pruning.importance.Criterion`. Sums run over the optimizer steps, norms over the
+            training batches, since the last update. A parameter without a gradient has no score and is left alone.
+        granularity: What is pruned: ``"weight"`` single weights; N:M such as ``"2:4"``, N of each M consecutive inputs
+            are kept; ``"block:RxC"`` blocks of R outputs by C inputs; ``"channel"`` output neurons and filters with all
+            that depends on them; ``"head"`` attention heads. Scores are summed over what goes together. Channels and
+            heads are cut out of the model at the end of the fit. What a layer cannot carry is named at the start.
+        scope: How the sparsity is spread: ``"global"`` compares all scores with each other, ``"layer"`` gives every
+            layer the same sparsity, ``"erk"`` keeps small layers denser (Erdős–Rényi-kernel). No layer is emptied.
+        schedule: The way from the first sparsity to the last: ``"cubic"``, ``"linear"``, ``"cosine"``,
+            ``"exponential"``, ``"one_shot"`` (all of it at ``begin``), or a function of progress in [0, 1].
+        begin: When pruning begins: an ``int`` is optimizer steps, a ``float`` a fraction of the run, ``"3ep"`` epochs.
+        end: When the final sparsity is reached, and the masks are frozen.
+        every: How long from one update of the masks to the next.
+        regrowth: At each update, this share of the kept (or of the pruned, if they are fewer) single weights is swapped
+            for the pruned ones with the largest gradient; it fades to 0 at ``end`` (RigL). In [0, 1).
+        include: Patterns on the names of the modules to prune; by default all linear, convolutional, attention and
+            recurrent ones. A name without wildcards is taken whatever its type is.
+        exclude: Patterns on the names of modules to leave alone.
+        parameters: Which of a module's parameters: ``("weight",)``, or ``("weight", "bias")`` for biases too.
+
+    Raises:
+        ValueError: For a value out of its range, a pattern that matches nothing, a parameter that another pruning
+            callback claims, or a sparsity that would empty a layer: at construction or before the first step. During
+            training, for a weight that is NaN, with its name.
+
+    Note:
+        Under manual optimization, a step is a training batch. Sharded strategies (FSDP, DeepSpeed, model parallel) are
+        refused. With weight averaging (``WeightAveraging``, ``StochasticWeightAveraging``) the averaged weights are
+        pruned alike.
+
+    Prune early and often, and leave half of the run to recover: that is what the defaults do. (Zhu and Gupta 2017,
+    arXiv 1710.01878; Evci et al. 2020, arXiv 1911.11134, for ``erk``.)
+
+    Example::
+
+        >>> from lightning.pytorch import Trainer
+        >>> pruning = GradualPruning(final_sparsity=0.9, begin="1ep", end=0.5, exclude=["head"])
+        >>> trainer = Trainer(callbacks=[pruning], logger=False)
+    """
+
+    technique = "pruning"
+
+    def __init__(
+        self,
+        final_sparsity: float | dict[str, float] = 0.9,
+        initial_sparsity: float = 0.0,
+        criterion: CriterionName | Criterion = "magnitude",
+        granularity: str = "weight",
+        scope: Literal["global", "layer", "erk"] = "global",
+        schedule: str | Ramp = "cubic",
+        begin: MomentLike = 0.05,
+        end: MomentLike = 0.5,
+        every: MomentLike = 0.005,
+        regrowth: float = 0.0,
+        include: Sequence[str] | str | None = None,
+        exclude: Sequence[str] | str | None = None,
+        parameters: Sequence[str] = ("weight",),
+    ) -> None:
+        super().__init__()
+        self.granularity = granularity
+        self._granularity = Granularity.parse(granularity)
+        self.final_sparsity = _sparsities(_of_pattern(self._granularity, plain(final_sparsity)))
+        self.initial_sparsity = number(initial_sparsity, "initial_sparsity", 0.0, 1.0)
+        lowest = min(self.final_sparsity.values() if isinstance(self.final_sparsity, dict) else [self.final_sparsity])
+        if self.initial_sparsity > lowest:
+            raise ValueError(
+                f"`initial_sparsity={initial_sparsity}` must not be above `final_sparsity`, which is {lowest}: "
+                f"pruned weights are not revived."
+            )
+        self.criterion = criterion if isinstance(criterion, Criterion) else _one_of(criterion, CRITERIA, "criterion")
+        self._criterion = criterion if isinstance(criterion, Criterion) else CRITERIA[criterion]
+        self.scope = _one_of(scope, SCOPES, "scope")
+        if self.scope == "erk" and self._granularity.kind == "pattern":
+            raise ValueError(f"`scope='erk'` spreads a sparsity that `granularity={granularity!r}` has set already.")
+        self.regrowth = number(regrowth, "regrowth", 0.0, 1.0)
+        if self.regrowth == 1.0:
+            raise ValueError(f"`regrowth` must lie in [0, 1), got {regrowth!r}.")
+        if self.regrowth and self._granularity.kind != "weight":
+            raise ValueError(
+                f"`regrowth={regrowth!r}` brings single weights back: it does not suit `granularity={granularity!r}`."
+            )
+        self.schedule = schedule
+        self.begin = Moment.parse(begin, "begin")
+        self.end = Moment.parse(end, "end")
+        self.every = Moment.parse(every, "every")
+        if self.every.value == 0:
+            raise ValueError(f"`every` must be more than 0, got {every!r}: updates need steps between them.")
+        refuse_if_after(self.begin, self.end)
+        self.include = as_patterns(plain(include), "include")
+        self.exclude = as_patterns(plain(exclude), "exclude")
+        self.parameters = as_patterns(plain(parameters), "parameters") or ("weight",)
+        self._ramp = ramp(schedule)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pruner: Pruner | None = None
+        self._norms: InputNorms | None = None
+        self._skipped: dict[str, str] = {}
+        self._upcoming = 0
+        self._regrown_at = -1
+        self._is_training: Callable[[], bool] = lambda: False
+        self._restored: dict[str, Any] | None = None
+        self._last_update: int | None = None
+        self._last_step = 0
+        self._delay = 0
+        self._span = (0, 0, 1)
+        self._has_cleared = False
+        self._averaged: list[list[nn.Parameter]] = []
+        self._handles: list[Any] = []
+
+    @property
+    def state_key(self) -> str:
+        """Tell callbacks on disjoint modules apart, by the patterns that they were given."""
+        patterns = list(self.final_sparsity) if isinstance(self.final_sparsity, dict) else None
+        return self._generate_state_key(
+            include=self.include,
+            exclude=self.exclude,
+            parameters=self.parameters,
+            final_sparsity=patterns,
+            granularity=self.granularity,
+        )
+
+    # --- before training ----------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the parameters, and forget what another run left."""
+        if stage != "fit":
+            return
+        self._release(pl_module)
+        self._forget()
+        refuse_sharding(trainer, self)
+        if not is_overridden("configure_model", pl_module):
+            self._select(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the parameters of a model that ``configure_model`` has only just built."""
+        if self._pruner is None:
+            self._select(pl_module)
+        if self._norms is not None and _is_compiled(pl_module):
+            # Dynamo overlooks hooks that come after it has compiled a module, or another of the same code.
+            torch.compiler.reset()
+            self._norms.attach()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Resolve the moments, make or restore the masks, and watch the optimizers."""
+        pruner = self._running
+        run = run_length(trainer)
+        begin, end = resolve_span(self.begin, self.end, run)
+        self._span = (begin, end, max(self.every.resolve(run, "every"), 1))
+        if self._restored is not None:
+            pruner.load_state_dict(self._restored["pruner"])
+            self._last_update = self._restored["last_update"]
+            self._last_step, self._delay = self._restored["last_step"], self._restored["delay"]
+        else:
+            pruner.start()
+        self._is_training = lambda: trainer.training
+        self._averaged = list(_averaged_parameters(trainer, pruner.targets))
+        self._enforce_everywhere()
+        for optimizer in trainer.optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before_raw_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._announce(run.steps)
+        self._move(pl_module, steps_done(trainer, pl_module))
+
+    def _select(self, pl_module: LightningModule) -> None:
+        patterns = list(self.final_sparsity) if isinstance(self.final_sparsity, dict) else None
+        targets = select_parameters(pl_module, self.include or patterns, self.exclude, self.parameters)
+        fields, self._skipped = element_fields(self._granularity, targets)
+        if not fields:
+            raise ValueError(f"`granularity={self.granularity!r}` fits no layer: {_reasons(self._skipped)}.")
+        targets = [target for target in targets if target.name not in self._skipped]
+        for i, field in enumerate(fields):
+            field.members[:] = [i]
+        self._make_pruner(pl_module, targets, fields)
+
+    def _make_pruner(self, pl_module: LightningModule, targets: list[Target], fields: list[Field]) -> None:
+        self._pruner = Pruner(
+            targets,
+            fields,
+            _groups(self.final_sparsity, targets, fields),
+            self._criterion,
+            self.scope,
+            self.initial_sparsity,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+        )
+        if self._criterion.signal == "activation":
+            scored = {i for field in fields for i in field.scored}
+            self._norms = InputNorms({i: targets[i] for i in scored}, lambda: self._is_training())
+        registry.register(pl_module, self, [(target.name, target.parameter) for target in targets])
+
+    def _announce(self, steps: int | None) -> None:
+        pruner, (begin, end, every) = self._running, self._span
+        names = list(dict.fromkeys(pruner.targets[field.scored[0]].module_name for field in pruner.fields))
+        what = {"weight": "weights", "pattern": "weights", "block": "blocks"}.get(
+            self._granularity.kind, f"{self.granularity}s"
+        )
+        listed = ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])}, …, {names[-1]}"
+        start = f" from {pruner.sparsity:.4g}" if pruner.sparsity else ""
+        rank_zero_info(
+            f"GradualPruning: {pruner.total:,} {what} of {len(names)} layers ({listed}){start} to a sparsity of "
+            f"{pruner.final_sparsity:.4g} ({self._spell_criterion()}, {self.granularity}, {self.scope}), "
+            f"from step {begin} to step {end}, every {every}."
+        )
+        if self._skipped:
+            rank_zero_info(f"GradualPruning: not pruned are {_reasons(self._skipped)}.")
+        if pruner.surplus > len(names):
+            rank_zero_warn(
+                f"GradualPruning: the model is already sparser than `final_sparsity={self.final_sparsity}`; "
+                f"{pruner.surplus:,} of its zeros are free to grow again."
+            )
+        if steps is not None and end > steps:
+            rank_zero_warn(
+                f"GradualPruning: `end={self.end}` is step {end}, but the run ends after {steps} steps: too short to "
+                f"reach the final sparsity. Give an earlier `end`, as a fraction of the run for example."
+            )
+
+    # --- during training ----------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Watch the layers' inputs while a criterion needs them."""
+        # Under manual optimization the batch that begins is counted already.
+        self._upcoming = steps_done(trainer, pl_module) - self._delay + pl_module.automatic_optimization
+        if self._norms is not None:
+            if self._is_watching():
+                self._norms.attach()
+            elif not _is_compiled(pl_module):
+                self._norms.detach()
+
+    def _is_watching(self) -> bool:
+        """Whether what happens in this step tells an update still to come."""
+        begin, end, every = self._span
+        return self._upcoming <= end and (self._criterion.is_lasting or self._upcoming > begin - every)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Read the gradients, and clear those of pruned weights before clipping sees them and momentum gathers them."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._read_gradients(optimizer, is_scaled=scaler is not None)
+        self._has_cleared = True
+
+    def _before_raw_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # An optimizer that manual optimization steps without Lightning's wrapper comes only here, with its gradients
+        # ready. In all other cases on_before_optimizer_step has been called, or will be within the closure.
+        has_closure = any(callable(value) for value in (*args[1:], *kwargs.values()))
+        if not has_closure and not self._has_cleared:
+            self._read_gradients(optimizer, is_scaled=False)
+
+    def _read_gradients(self, optimizer: Optimizer, *, is_scaled: bool) -> None:
+        pruner, (begin, end, every) = self._running, self._span
+        regrows = self.regrowth > 0 and begin < self._upcoming < end and (self._upcoming - begin) % every == 0
+        gathers = self._criterion.signal == "gradient" and self._is_watching()
+        if regrows or gathers:
+            owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            # A step that loss scaling is about to skip is no step.
+            if not is_scaled or all(bool(p.grad.isfinite().all()) for p in owned if p.grad is not None):
+                if gathers:
+                    pruner.gather_gradients({id(parameter) for parameter in owned})
+                if regrows and self._regrown_at != self._upcoming:
+                    self._regrown_at = self._upcoming
+                    pruner.regrow(self.regrowth * (1.0 - progress(self._upcoming, begin, end)))
+        pruner.clear_gradients()
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._has_cleared = False
+        self._running.enforce()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the masks on where an update is due."""
+        if self._norms is not None and self._norms.is_attached:
+            self._take_norms(trainer)
+        if self._move(pl_module, steps_done(trainer, pl_module)):
+            self._log(trainer, pl_module, on_step=True, on_epoch=False)
+
+    def _take_norms(self, trainer: Trainer) -> None:
+        norms, pruner = _known(self._norms), self._running
+        squares = norms.take()
+        if trainer.world_size > 1:  # every rank adds the same numbers at every step, so a resumed run does too
+            squares = {i: trainer.strategy.reduce(squares[i], reduce_op="sum") for i in sorted(squares)}
+        pruner.add_squares(squares)
+
+    def _move(self, pl_module: LightningModule, step: int) -> bool:
+        # While the ramp is held, its clock stands still.
+        if registry.is_held(pl_module):
+            self._delay += step - self._last_step
+        self._last_step = step
+        return self._update_if_due(pl_module, step - self._delay)
+
+    def _update_if_due(self, pl_module: LightningModule, step: int) -> bool:
+        begin, end, every = self._span
+        last = self._last_update
+        if step < begin or (last is not None and last >= end):
+            return False
+        is_due = last is None or step >= end or (step - begin) // every > (last - begin) // every
+        if not is_due:
+            return False
+        try:
+            self._running.update(self._ramp(progress(step, begin, end)))
+        except ValueError:
+            if not registry.can_roll_back(pl_module):  # a guard will bring back weights that are not NaN
+                raise
+            return False
+        self._last_update = step
+        self._enforce_everywhere()
+        return True
+
+    def _enforce_everywhere(self) -> None:
+        # An average of weights is zero where all of them are: averaged copies need the masks only when these change.
+        self._running.enforce()
+        for parameters in self._averaged:
+            self._running.enforce(parameters)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the sparsity."""
+        self._log(trainer, pl_module, on_step=False, on_epoch=True)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the sparsity of what is validated, for ``ModelCheckpoint`` and ``EarlyStopping`` to see."""
+        if self._handles:
+            self._log(trainer, pl_module, on_step=False, on_epoch=True)
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool, on_epoch: bool) -> None:
+        if trainer.barebones:
+            return
+        others = [other for other in registry.techniques(pl_module) if other.technique == self.technique]
+        suffix = f"_{others.index(self)}" if len(others) > 1 else ""
+        value = torch.tensor(self._running.sparsity, dtype=torch.float64)
+        pl_module.log(
+            f"compress/sparsity{suffix}",
+            value.float(),
+            on_step=on_step,
+            on_epoch=on_epoch,
+            batch_size=1,
+            reduce_fx="max",
+            sync_dist=on_epoch and trainer.world_size > 1,
+        )
+
+    # --- after training -----------------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so where the final sparsity was not reached."""
+        self._running.enforce()
+        if self.stage() < 1.0:
+            rank_zero_warn(
+                f"GradualPruning: the run stopped before `end={self.end}` (step {self._span[1]}): the sparsity is "
+                f"{self._running.sparsity:.4g} instead of {self._running.final_sparsity:.4g}."
+            )
+        if self._running.rescued:
+            rescued = ", ".join(sorted(self._running.rescued))
+            rank_zero_info(
+                f"GradualPruning: `scope='{self.scope}'` would have emptied {rescued}: the best weight stays. "
+                f"`scope='erk'` or 'layer' spreads the sparsity more evenly."
+            )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hooks behind."""
+        self._release(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no hooks behind; the zeros stay."""
+        self._release(pl_module)
+
+    def _release(self, pl_module: LightningModule) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._norms is not None:
+            self._norms.detach()
+        self._averaged = []
+        self._is_training = lambda: False
+        registry.release(pl_module, self)
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the masks (packed) and the step of the last update."""
+        if self._pruner is None or not self._pruner.masks:
+            return self._restored or {}
+        return {
+            "pruner": self._pruner.state_dict(),
+            "last_update": self._last_update,
+            "last_step": self._last_step,
+            "delay": self._delay,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a checkpoint's state until training starts."""
+        self._restored = state_dict
+
+    # --- what others may know (registry.Technique) --------------------------------------------------------------------
+
+    def stage(self) -> float:
+        """Return how far pruning is, from 0 (not begun) to 1 (the final sparsity)."""
+        return self._pruner.stage if self._pruner is not None and self._pruner.masks else 0.0
+
+    def summary(self) -> str:
+        """Return one line that says what was pruned."""
+        pruner = self._running
+        return (
+            f"{pruner.sparsity:.4g} of {pruner.total:,} weights in {len(pruner.targets)} layers pruned "
+            f"(target {pruner.final_sparsity:.4g}; {self._spell_criterion()}, {self.granularity}, {self.scope})"
+        )
+
+    def layers(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return the sparsity of each parameter."""
+        return {
+            name: {"sparsity": pruned / total, "pruned": pruned, "total": total}
+            for name, (pruned, total) in self._running.pruned().items()
+        }
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the masks and where the ramp stands."""
+        return {
+            "pruner": self._running.state_dict(),
+            "ramp": self._last_step - self._delay,
+            "update": self._last_update,
+        }
+
+    def rollback(self, state: Mapping[str, Any]) -> None:
+        """Return to the masks of a snapshot; the ramp goes on from where it stood then."""
+        self._running.load_state_dict(state["pruner"])
+        self._last_update = state["update"]
+        self._delay = self._last_step - state["ramp"]
+        self._enforce_everywhere()
+
+    def _spell_criterion(self) -> str:
+        return self.criterion if isinstance(self.criterion, str) else "own criterion"
+
+    @property
+    def _running(self) -> Pruner:
+        if self._pruner is None:
+            raise RuntimeError("GradualPruning has not been set up: it works inside `trainer.fit`.")
+        return self._pruner
+
+
+def _sparsities(value: Any) -> float | dict[str, float]:
+    if not isinstance(value, Mapping):
+        return _sparsity(value, "final_sparsity")
+    if not value:
+        raise ValueError("`final_sparsity` as a dict must name at least one pattern, got {}.")
+    return {str(pattern): _sparsity(sparsity, f"final_sparsity['{pattern}']") for pattern, sparsity in value.items()}
+
+
+def _sparsity(value: Any, name: str) -> float:
+    sparsity = number(value, name, 0.0, 1.0)
+    if not 0.0 < sparsity < 1.0:
+        raise ValueError(f"`{name}` must lie between 0 and 1, both excluded, got {value!r}.")
+    return sparsity
+
+
+def _one_of(value: Any, allowed: Any, name: str) -> Any:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
+    return value
+
+
+def _of_pattern(granularity: Granularity, final_sparsity: Any) -> Any:
+    """Return the sparsity that N:M sets, and refuse another one; the default stands for none."""
+    sparsity = granularity.sparsity
+    if sparsity is None:
+        return final_sparsity
+    if isinstance(final_sparsity, Mapping) or number(final_sparsity, "final_sparsity") not in (0.9, sparsity):
+        raise ValueError(
+            f"`granularity='{granularity.first}:{granularity.second}'` has a sparsity of {sparsity:g}: "
+            f"leave `final_sparsity` out, got {final_sparsity!r}."
+        )
+    return sparsity
+
+
+def _reasons(skipped: Mapping[str, str]) -> str:
+    return "; ".join(f"'{name}' ({reason})" for name, reason in skipped.items())
+
+
+def _groups(
+    final_sparsity: float | dict[str, float], targets: Sequence[Target], fields: Sequence[Field]
+) -> list[Group]:
+    if not isinstance(final_sparsity, dict):
+        return [Group(final_sparsity, list(range(len(fields))))]
+    groups = {pattern: Group(sparsity, []) for pattern, sparsity in final_sparsity.items()}
+    for i, field in enumerate(fields):
+        target = targets[field.scored[0]]
+        names = [target.module_name, *(alias.rpartition(".")[0] for alias in target.aliases)]
+        for pattern, group in groups.items():
+            if any(fnmatchcase(name, pattern) for name in names):
+                group.members.append(i)
+                break
+        else:
+            raise ValueError(
+                f"`final_sparsity` has no pattern for '{target.module_name}', which `include` names. "
+                f"Its patterns: {', '.join(final_sparsity)}. Add one, '*' for all others."
+            )
+    return [group for group in groups.values() if group.members]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiler_ctx", None) is not None or any(
+        "_orig_mod" in child._modules or child._compiled_call_impl is not None for child in module.modules()
+    )
+
+
+def _known(value: InputNorms | None) -> InputNorms:
+    assert value is not None
+    return value
+
+
+def _averaged_parameters(trainer: Trainer, targets: Sequence[Target]) -> Iterator[list[nn.Parameter]]:
+    """Yield the targets' counterparts in the copies that weight-averaging callbacks keep."""
+    for callback in callbacks(trainer):
+        average = getattr(callback, "_average_model", None)
+        if not isinstance(average, nn.Module):
+            continue
+        if isinstance(average, AveragedModel):
+            average = average.module
+        modules = {clean_name(name): module for name, module in average.named_modules(remove_duplicate=False)}
+        yield [getattr(modules[target.module_name], target.attribute) for target in targets]

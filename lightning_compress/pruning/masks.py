@@ -1,0 +1,100 @@
+"""Masks: which weights are kept (True) and which are pruned (False). One byte a weight, one bit in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_BITS_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def zero_pruned_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Set the pruned entries of tensors to zero, in place and in one batched call.
+
+    The bit patterns are multiplied, as integers, by 0 or 1. That gives a plain +0.0 for NaN and infinity too, where
+    a product of floats would give NaN, and reads one byte a weight where a mask of floats reads four.
+
+    Args:
+        tensors: Floating-point tensors.
+        masks: For each a bool tensor of its shape, True where the entry is kept.
+
+    Example::
+
+        >>> weight = torch.tensor([1.0, -2.0, float("nan")])
+        >>> zero_pruned_([weight], [torch.tensor([True, False, False])])
+        >>> weight.tolist()
+        [1.0, 0.0, 0.0]
+    """
+    if tensors:
+        torch._foreach_mul_([tensor.view(_BITS_OF[tensor.element_size()]) for tensor in tensors], list(masks))
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Return a mask as bytes that hold eight entries each, the first in the lowest bit.
+
+    Example::
+
+        >>> pack(torch.tensor([True, False, True])).tolist()
+        [5]
+    """
+    bits = mask.detach().reshape(-1).to("cpu", torch.uint8)
+    bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).reshape(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the mask of a shape that :func:`pack` made bytes of.
+
+    Example::
+
+        >>> unpack(torch.tensor([5], dtype=torch.uint8), (1, 3)).tolist()
+        [[True, False, True]]
+    """
+    bits = (packed.reshape(-1, 1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    return bits.reshape(-1)[: torch.Size(shape).numel()].reshape(tuple(shape)).to(torch.bool)
+
+
+@torch.no_grad()
+def initial_mask(weight: Tensor) -> Tensor:
+    """Return the mask with which pruning starts: the zeros of an already sparse tensor stay pruned.
+
+    A tensor whose non-zero entries are all equal was written by an initializer (zeros, identity, Dirac) and not left
+    behind by pruning: all of it is kept.
+
+    Example::
+
+        >>> initial_mask(torch.tensor([0.3, 0.0, -0.2])).tolist()
+        [True, False, True]
+        >>> initial_mask(torch.eye(2)).tolist()
+        [[True, True], [True, True]]
+    """
+    mask = weight != 0
+    if not bool(mask.all()):
+        kept = weight[mask]
+        if kept.numel() == 0 or bool((kept == kept[0]).all()):
+            return torch.ones_like(mask)
+    return mask
+
+
+def free_surplus_(masks: Sequence[Tensor], surplus: int) -> None:
+    """Keep again the last `surplus` pruned entries of several masks, in place.
+
+    Example::
+
+        >>> masks = [torch.tensor([True, False]), torch.tensor([False, False])]
+        >>> free_surplus_(masks, 1)
+        >>> [mask.tolist() for mask in masks]
+        [[True, False], [False, True]]
+    """
+    for mask in reversed(masks):
+        if surplus <= 0:
+            return
+        flat = mask.reshape(-1)
+        pruned = (~flat).nonzero().squeeze(1)[-surplus:]
+        flat[pruned] = True
+        if flat.data_ptr() != mask.data_ptr():
+            mask.copy_(flat.reshape(mask.shape))
+        surplus -= pruned.numel()

@@ -1,0 +1,433 @@
+"""Gradual pruning without a Trainer: which units of which parameters are pruned, and the way there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.modules import Target
+from lightning_compress.pruning import masks as masking
+from lightning_compress.pruning.activations import input_norm
+from lightning_compress.pruning.allocation import SCOPES
+from lightning_compress.pruning.granularity import Field
+from lightning_compress.pruning.importance import Criterion
+from lightning_compress.pruning.topk import select_smallest
+
+
+@dataclass
+class Group:
+    """Fields that share a final sparsity, by their positions."""
+
+    sparsity: float
+    members: list[int]
+
+
+@dataclass
+class _Path:
+    """The way of one share from the units that are pruned at the start to those that are pruned at the end."""
+
+    fields: list[int]
+    size: int
+    first: int  # pruned at the start, as it was asked for
+    final: int
+    start: int = 0  # and as it was found: an already sparse model brings more
+
+    def count(self, done: float) -> int:
+        return self.start + int((self.final - self.start) * done + 0.5)
+
+
+class Pruner:
+    """Holds the masks of parameters and moves them from their first sparsity to their last.
+
+    Weights stay where they are: a pruned weight is a zero in the module's own parameter.
+
+    Args:
+        targets: The parameters.
+        fields: The units that can be pruned in them.
+        groups: Which fields get which final sparsity.
+        criterion: How weights are scored.
+        scope: ``"global"``, ``"layer"`` or ``"erk"``: how a group's sparsity is spread over its fields.
+        initial_sparsity: The sparsity at the start of the ramp.
+        seed: Of the random numbers that a criterion may ask for.
+
+    Example::
+
+        >>> from lightning_compress.modules import select_parameters
+        >>> from lightning_compress.pruning.granularity import Granularity, element_fields
+        >>> from lightning_compress.pruning.importance import CRITERIA
+        >>> layer = nn.Sequential(nn.Linear(4, 1))
+        >>> _ = layer[0].weight.data.copy_(torch.tensor([[3.0, 1.0, -2.0, 4.0]]))
+        >>> targets = select_parameters(layer)
+        >>> fields, _ = element_fields(Granularity.parse("weight"), targets)
+        >>> pruner = Pruner(targets, fields, [Group(0.5, [0])], CRITERIA["magnitude"], "global")
+        >>> pruner.start()
+        >>> pruner.update(1.0)
+        >>> layer[0].weight.tolist(), pruner.sparsity
+        ([[3.0, 0.0, 0.0, 4.0]], 0.5)
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        fields: Sequence[Field],
+        groups: Sequence[Group],
+        criterion: Criterion,
+        scope: str,
+        initial_sparsity: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.targets, self.fields, self.seed = list(targets), list(fields), seed
+        self.masks: list[Tensor] = []  # of the targets' entries
+        self.surplus = 0
+        self.rescued: set[str] = set()
+        self.without_signal: set[str] = set()
+        self._criterion = criterion
+        self._units: list[Tensor] = []  # masks of the fields' units; for single weights these are the targets' masks
+        self._grown: list[Tensor] | None = None
+        self._signals: list[Tensor | None] = [None] * len(self.targets)
+        self._updates = 0
+        self._pruned = [0] * len(self.fields)
+        self._pruned_entries = [0] * len(self.targets)
+        self._paths: list[_Path] = []
+        for group in groups:
+            own = [self.fields[i].shape for i in group.members]
+            first, last = SCOPES[scope](own, initial_sparsity), SCOPES[scope](own, group.sparsity)
+            for begin, end in zip(first, last, strict=True):
+                path = _Path([group.members[i] for i in end.members], end.size, begin.count, end.count)
+                self._refuse_empty(path)
+                self._paths.append(path)
+
+    def _refuse_empty(self, path: _Path) -> None:
+        kept = path.size - path.final
+        if kept < len(path.fields):
+            names = ", ".join(f"'{self.fields[i].name}'" for i in path.fields[:3])
+            raise ValueError(
+                f"`final_sparsity` would leave {kept} of the {path.size} weights or units of "
+                f"{names}{' …' * (len(path.fields) > 3)}: fewer than one for each layer. "
+                f"Lower it, or add them to `exclude`."
+            )
+
+    # --- what is pruned ---------------------------------------------------------------------------------------------
+
+    @property
+    def total(self) -> int:
+        """How many units there are: weights, blocks, channels or heads."""
+        return sum(path.size for path in self._paths)
+
+    @property
+    def sparsity(self) -> float:
+        """The share of the units that is pruned now."""
+        return sum(self._pruned) / self.total
+
+    @property
+    def final_sparsity(self) -> float:
+        """The share of the units that will be pruned at the end."""
+        return sum(path.final for path in self._paths) / self.total
+
+    @property
+    def stage(self) -> float:
+        """How much of the way is done, from 0 to 1."""
+        way = sum(path.final - path.start for path in self._paths)
+        done = sum(self._pruned) - sum(path.start for path in self._paths)
+        return 1.0 if way <= 0 else min(max(done / way, 0.0), 1.0)
+
+    def pruned(self) -> dict[str, tuple[int, int]]:
+        """Return for each parameter how many of its entries are pruned, and how many it has."""
+        return {
+            target.name: (count, target.parameter.numel())
+            for target, count in zip(self.targets, self._pruned_entries, strict=True)
+        }
+
+    # --- the way ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Begin afresh from the weights as they are; the zeros of an already sparse model stay."""
+        self._signals = [None] * len(self.targets)
+        self._grown, self._updates, self.surplus = None, 0, 0
+        self.rescued, self.without_signal = set(), set()
+        self._units = [field.initial({i: self._weight(i) for i in field.members}) for field in self.fields]
+        self._spread()
+        for path in self._paths:
+            existing = sum(self._pruned[i] for i in path.fields)
+            if existing > path.final:
+                masking.free_surplus_([self._units[i] for i in path.fields], existing - path.final)
+                self.surplus += existing - path.final
+            path.start = min(max(path.first, existing), path.final)
+        self._spread()
+
+    @torch.no_grad()
+    def update(self, done: float) -> None:
+        """Prune the lowest scores until the share `done` of the way is behind; what is pruned stays so.
+
+        Args:
+            done: The share of the way, from 0 to 1.
+
+        Raises:
+            ValueError: If a score is NaN, with the parameter's name. Nothing is pruned then.
+        """
+        chosen = []
+        for path in self._paths:
+            missing = path.count(done) - sum(self._pruned[i] for i in path.fields)
+            if missing > 0:
+                chosen.append((path, self._choose(path, missing)))
+        self._updates += 1
+        self._grown = None
+        if not self._criterion.is_lasting:
+            self._signals = [None] * len(self.targets)
+        for path, selected in chosen:
+            for i, out in zip(path.fields, selected, strict=True):
+                self._units[i].logical_and_(out.logical_not_())
+        if chosen:
+            self._spread()
+            self.enforce()
+
+    def _choose(self, path: _Path, missing: int) -> list[Tensor]:
+        fields = [self.fields[i] for i in path.fields]
+        kept = [self._units[i] for i in path.fields]
+        if self._grown is not None:  # what has only just come back is small, and gets its chance
+            kept = [mask & ~self._grown[i] for mask, i in zip(kept, path.fields, strict=True)]
+        scores, is_absolute = self._scores(fields)
+        # Without a signal there is no score, and such a field is left alone.
+        known = [n for n, score in enumerate(scores) if score is not None]
+        self.without_signal |= {field.name for field, score in zip(fields, scores, strict=True) if score is None}
+        selected = [torch.zeros_like(mask) for mask in kept]
+        candidates = {n: fields[n].candidates(_known(scores[n]), kept[n]) for n in known}
+
+        def select() -> dict[int, Tensor]:
+            available = sum(int(candidate.count_nonzero()) for candidate in candidates.values())
+            out = select_smallest(
+                [_known(scores[n]) for n in known],
+                min(missing, available),
+                candidates=list(candidates.values()),
+                absolute=is_absolute,
+                names=[fields[n].name for n in known],
+            )
+            return dict(zip(known, out, strict=True))
+
+        protected: set[int] = set()
+        while known:
+            found = select()
+            emptied = {n for n in known if n not in protected and kept[n].numel() and torch.equal(kept[n], found[n])}
+            if not emptied:
+                for n in known:
+                    selected[n] = found[n]
+                break
+            # A layer without a weight cuts the network: its best one stays, and another layer gives up one instead.
+            protected |= emptied
+            self.rescued |= {fields[n].name for n in emptied}
+            for n in emptied:
+                candidates[n] = candidates[n].clone()
+                candidates[n][_largest(_known(scores[n]), kept[n], is_absolute)] = False
+        return selected
+
+    def _scores(self, fields: Sequence[Field]) -> tuple[list[Tensor | None], bool]:
+        """Return the scores of units, ``None`` without a signal, and whether their absolute values are meant."""
+        by_weight = all(type(field).reduce is Field.reduce for field in fields)
+        is_absolute = self._criterion.is_absolute and by_weight
+        scores: list[Tensor | None] = []
+        for field in fields:
+            own: dict[int, Tensor] = {}
+            for i in field.scored:
+                signal = self._signal(i)
+                if signal is None and self._criterion.signal is not None:
+                    continue
+                score = self._criterion.score(self._weight(i), signal)
+                own[i] = score.abs() if self._criterion.is_absolute and not by_weight else score
+            scores.append(field.reduce(own) if len(own) == len(field.scored) else None)
+        return scores, is_absolute
+
+    def _signal(self, target: int) -> Tensor | None:
+        if self._criterion.signal is None:
+            return None
+        if self._criterion.signal == "gradient":
+            return self._signals[target]
+        if self._criterion.signal == "activation":
+            squares = self._signals[target]
+            return None if squares is None else input_norm(squares, self.targets[target])
+        weight = self._weight(target)
+        seed = (self.seed * 1_000_003 + self._updates) * 10_007 + target
+        numbers = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed % 2**63))
+        return numbers.to(weight.device)
+
+    # --- signals ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def gather_gradients(self, owned: Collection[int]) -> None:
+        """Add what this optimizer step tells to the signals.
+
+        Args:
+            owned: The ``id`` of each parameter that the optimizer is about to change.
+        """
+        gather = self._criterion.gather
+        if gather is None:
+            return
+        for i in sorted({i for field in self.fields for i in field.scored}):
+            parameter = self.targets[i].parameter
+            if parameter.grad is None or id(parameter) not in owned:
+                continue
+            told = gather(_local(parameter.detach()), _local(_dense(parameter.grad)))
+            previous = self._signals[i]
+            self._signals[i] = told.clone() if previous is None else previous.add_(told)
+
+    @torch.no_grad()
+    def add_squares(self, squares: Mapping[int, Tensor]) -> None:
+        """Add the sums of squares of layers' inputs (see ``InputNorms``), by the target's position."""
+        for i, told in squares.items():
+            previous = self._signals[i]
+            self._signals[i] = told.clone() if previous is None else previous.add_(told)
+
+    @torch.no_grad()
+    def regrow(self, share: float) -> None:
+        """Swap the lowest-scoring kept weights for the pruned ones with the largest gradient (RigL).
+
+        Of each path, ``share · min(kept, pruned)`` weights are swapped; the sparsity stays what it is. A weight that
+        comes back starts at zero, and the optimizer step that follows moves it. (Evci et al. 2020, arXiv 1911.11134.)
+        """
+        grown = {}
+        for path in self._paths:
+            pruned = sum(self._pruned[i] for i in path.fields)
+            fields = [self.fields[i] for i in path.fields]
+            scores, is_absolute = self._scores(fields)
+            gradients = [self.targets[field.members[0]].parameter.grad for field in fields]
+            open_to = [n for n, gradient in enumerate(gradients) if gradient is not None and scores[n] is not None]
+            could = sum(self._pruned[path.fields[n]] for n in open_to)
+            could = min(could, sum(self.fields[path.fields[n]].size for n in open_to) - could)
+            count = min(int(share * min(pruned, path.size - pruned)), could)
+            if count <= 0:
+                continue
+            names = [fields[n].name for n in open_to]
+            kept = [self._units[path.fields[n]] for n in open_to]
+            out = select_smallest(
+                [_known(scores[n]) for n in open_to], count, candidates=kept, absolute=is_absolute, names=names
+            )
+            gone = [~mask for mask in kept]
+            dense = [_local(_dense(_known(gradients[n]))) for n in open_to]
+            rest = sum(int(mask.count_nonzero()) for mask in gone) - count
+            stay = select_smallest(dense, rest, candidates=gone, absolute=True, names=names)
+            for n, dropped, was_gone, stays in zip(open_to, out, gone, stay, strict=True):
+                back = was_gone & ~stays
+                self._units[path.fields[n]].logical_and_(~dropped).logical_or_(back)
+                grown[path.fields[n]] = back
+        if grown:
+            self._grown = [grown.get(i, torch.zeros_like(mask)) for i, mask in enumerate(self._units)]
+            self._spread()
+            self.enforce()
+
+    # --- enforcing ----------------------------------------------------------------------------------------------------
+
+    def enforce(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Set the pruned weights to zero.
+
+        Args:
+            parameters: Other tensors of the same shapes to act on, in the targets' order; by default their own.
+        """
+        own = [target.parameter for target in self.targets] if parameters is None else list(parameters)
+        self._zero([_local(parameter.detach()) for parameter in own])
+
+    def clear_gradients(self) -> None:
+        """Set the gradients of pruned weights to zero, so that no optimizer gathers momentum there."""
+        gradients = [target.parameter.grad for target in self.targets]
+        self._zero([None if g is None or g.layout != torch.strided else _local(g) for g in gradients])
+
+    def _zero(self, tensors: Sequence[Tensor | None]) -> None:
+        pairs = [
+            (tensor, mask)
+            for tensor, mask, pruned in zip(tensors, self.masks, self._pruned_entries, strict=True)
+            if tensor is not None and pruned
+        ]
+        masking.zero_pruned_([tensor for tensor, _ in pairs], [mask for _, mask in pairs])
+
+    def _spread(self) -> None:
+        """Derive the masks of entries from those of units, and count both."""
+        masks: dict[int, Tensor] = {}
+        for field, units in zip(self.fields, self._units, strict=True):
+            for i, mask in field.spread(units).items():
+                masks[i] = masks[i] & mask if i in masks else mask
+        self.masks = [masks[i] for i in range(len(self.targets))]
+        counts = torch.stack([mask.count_nonzero() for mask in [*self._units, *self.masks]]).tolist()
+        lost = [mask.numel() - count for mask, count in zip([*self._units, *self.masks], counts, strict=True)]
+        self._pruned, self._pruned_entries = lost[: len(self.fields)], lost[len(self.fields) :]
+
+    def _weight(self, target: int) -> Tensor:
+        return _local(self.targets[target].parameter.detach())
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the masks as packed bits, the signals, and where the way began: tensors and plain Python only."""
+        names = [field.name for field in self.fields]
+        return {
+            "masks": dict(zip(names, map(_packed, self._units), strict=True)),
+            "grown": None if self._grown is None else dict(zip(names, map(_packed, self._grown), strict=True)),
+            "signals": {
+                target.name: signal.clone()
+                for target, signal in zip(self.targets, self._signals, strict=True)
+                if signal is not None
+            },
+            "start": [path.start for path in self._paths],
+            "updates": self._updates,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: If the masks are those of other parameters, by name.
+        """
+        names = [field.name for field in self.fields]
+        if list(state["masks"]) != names or len(state["start"]) != len(self._paths):
+            odd = sorted(set(state["masks"]).symmetric_difference(names)) or names
+            raise ValueError(f"The checkpoint's masks belong to other parameters or another `scope`: {', '.join(odd)}.")
+        for field in self.fields:
+            if (found := list(state["masks"][field.name]["shape"])) != list(field.shape):
+                raise ValueError(f"The checkpoint's mask of '{field.name}' has shape {found}, not {list(field.shape)}.")
+
+        def unpacked(packed: Mapping[str, Any]) -> list[Tensor]:
+            out = []
+            for field in self.fields:
+                like = self._weight(field.members[0])
+                empty = torch.empty_like(like, dtype=torch.bool)
+                if empty.shape != torch.Size(field.shape):
+                    empty = torch.empty(field.shape, dtype=torch.bool, device=like.device)
+                out.append(empty.copy_(masking.unpack(packed[field.name]["bits"], field.shape)))
+            return out
+
+        self._units = unpacked(state["masks"])
+        self._grown = None if state["grown"] is None else unpacked(state["grown"])
+        places = {target.name: i for i, target in enumerate(self.targets)}
+        self._signals = [None] * len(self.targets)
+        for name, signal in state["signals"].items():
+            self._signals[places[name]] = signal.to(self._weight(places[name]).device, copy=True)
+        for path, start in zip(self._paths, state["start"], strict=True):
+            path.start = start
+        self._updates, self.seed = state["updates"], state["seed"]
+        self._spread()
+
+
+def _packed(mask: Tensor) -> dict[str, Any]:
+    return {"bits": masking.pack(mask), "shape": list(mask.shape)}
+
+
+def _largest(score: Tensor, candidates: Tensor, is_absolute: bool) -> tuple[Tensor, ...]:
+    values = (score.abs() if is_absolute else score).masked_fill(~candidates, -torch.inf)
+    return torch.unravel_index(values.argmax(), values.shape)
+
+
+def _known(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.layout != torch.strided else tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a sharded tensor, and any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
