@@ -1,0 +1,553 @@
+"""The report callback: when a run is measured, and where the figures go."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+import lightning_compress
+from lightning_compress import registry
+from lightning_compress.report import measure, plots
+from lightning_compress.report.measure import ExampleInputs, InputCapture, ParameterCount, StepTimes
+from lightning_compress.training import plain, run_length, steps_done
+
+SCHEMA = 1
+"""The version of the layout of ``report.json``: keys are added without a new one, none is renamed or removed."""
+
+_DEFLATED_AT_MOST = 256_000_000  # bytes; deflating more takes longer than a reader of the table wants to wait
+
+
+@dataclass
+class _Run:
+    """What one fit needs until its end."""
+
+    dir: str
+    started: float
+    is_sharded: bool
+    steps: StepTimes = field(default_factory=StepTimes)
+    step_started: float | None = None
+    planned_steps: int | None = None
+    capture: InputCapture | None = None
+    inputs: ExampleInputs | None = None
+    inputs_of: str = ""
+    inputs_from: str | None = None
+    left_out: str | None = None
+
+
+class CompressionReport(Callback):
+    """Say what was compressed, by how much and at what price: a table, ``report.json``, loggers and a picture.
+
+    All of it is written at the end of ``fit``, by rank zero: the sparsity of every parameter and of what each technique
+    claims, the last metrics, the size on disk, the time of a training step, the latency of the model before and after,
+    and the sparsity of the file that ``ModelCheckpoint`` calls the best. The keys are documented in ``docs/report.md``.
+    Nothing of the model, of its metrics or of the random numbers is changed by measuring. After the fit, the content of
+    ``report.json`` is also in the attribute ``figures``.
+
+    Latency is the median time of a forward of the LightningModule in eval mode, at batch 1 and 64, on the inputs of
+    ``example_input_array``, else on what the forward receives in the sanity check, else in the first training batch.
+    Each measurement takes half a second at most, on a busy machine three times that. Compiled modules are measured
+    uncompiled, sharded ones not at all.
+
+    Args:
+        dir: The folder for the files; by default the logger's folder, ``trainer.log_dir``.
+        latency: Whether to measure latency.
+        plots: Whether to draw ``report.png``. Needs matplotlib (``pip install "lightning-compress[plots]"``): where it
+            is missing the picture is left out, and the table says so.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If the folder is an empty string, or if a trainer has two of these callbacks.
+
+    Example::
+
+        >>> from lightning.pytorch import Trainer
+        >>> report = CompressionReport(latency=False)
+        >>> trainer = Trainer(callbacks=[report], logger=False)
+    """
+
+    def __init__(self, dir: str | None = None, latency: bool = True, plots: bool = True) -> None:
+        super().__init__()
+        self.dir = _folder(plain(dir))
+        self.latency = _switch(plain(latency), "latency")
+        self.plots = _switch(plain(plots), "plots")
+        self.figures: dict[str, Any] | None = None
+        self._run: _Run | None = None
+        self._history: list[dict[str, Any]] = []
+        self._before: dict[str, Any] = {}
+
+    # --- before training ----------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget what another run left."""
+        self._end_run()
+        if stage != "fit":
+            return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, CompressionReport) for callback in callbacks) > 1:
+            raise ValueError("The trainer has two CompressionReport callbacks, which report the same: remove one.")
+        self.figures, self._history, self._before = None, [], {}
+        directory = self.dir or trainer.log_dir or trainer.default_root_dir  # log_dir waits for all processes
+        self._run = _Run(str(directory), time.perf_counter(), _is_sharded(trainer))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the model as it comes; a resumed run has these figures from its first part."""
+        run = self._running
+        counts = measure.count_parameters(pl_module)
+        size = self._file_size(trainer, pl_module, deflate=False)
+        if not self._before:
+            self._before = {
+                "parameters": sum(count.total for count in counts),
+                "nonzero": sum(count.total - count.zeros for count in counts),
+                "bytes": size and size.stored,
+                "latency": None,
+                "inputs": None,
+            }
+        if not self.latency:
+            run.left_out = "CompressionReport(latency=False)"
+        elif run.is_sharded:
+            run.left_out = f"the parameters are sharded over processes ({type(trainer.strategy).__name__})"
+        elif pl_module.example_input_array is not None:
+            self._take_example(trainer, pl_module)
+        elif measure.is_compiled(pl_module):
+            run.left_out = _unknown_inputs(pl_module, " of a compiled module")
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Watch what the forward receives."""
+        self._watch(trainer, pl_module)
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the latency of the model as it comes, before a step is taken."""
+        self._take_captured(trainer, pl_module, "the sanity check", is_last_chance=False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask how long the run is; watch the first training batch if there was no sanity check."""
+        self._running.planned_steps = run_length(trainer).steps
+        self._watch(trainer, pl_module)
+
+    # --- during training ----------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note the time."""
+        self._running.step_started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the time."""
+        run = self._running
+        if run.step_started is not None:
+            run.steps.add(time.perf_counter() - run.step_started)
+        if run.capture is not None:
+            self._take_captured(trainer, pl_module, "the first training batch", is_last_chance=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the sparsity and the metrics."""
+        if self._run is not None and not trainer.sanity_checking:
+            self._note(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the sparsity and the metrics where there is no validation."""
+        if not trainer.enable_validation:
+            self._note(trainer, pl_module)
+
+    # --- after training -----------------------------------------------------------------------------------------------
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the trained model, and report; this comes after every callback's ``on_train_end``."""
+        run = self._running
+        techniques = [_facts(technique) for technique in registry.techniques(pl_module)]
+        counts = measure.count_parameters(pl_module)
+        sparsity = _claimed_sparsity(counts, techniques)
+        last = self._history[-1] if self._history else {}
+        if (last.get("step"), last.get("sparsity")) != (trainer.global_step, sparsity):
+            self._note(trainer, pl_module, sparsity)
+        if not trainer.is_global_zero:
+            return
+
+        figures: dict[str, Any] = {
+            "schema": SCHEMA,
+            "module": _name(pl_module),
+            "versions": {
+                "lightning_compress": lightning_compress.__version__,
+                "torch": torch.__version__,
+                "lightning": lightning.__version__,
+                "python": platform.python_version(),
+            },
+            "totals": _totals(counts, sparsity, techniques),
+            "before": {key: self._before.get(key) for key in ("parameters", "nonzero", "bytes")},
+            "techniques": [_summary(technique, counts) for technique in techniques],
+            "parameters": [_row(count, techniques) for count in counts],
+            "run": self._run_figures(trainer, pl_module),
+            "metrics": _metrics(trainer),
+            "size": self._size_figures(trainer, pl_module),
+            "latency": self._latency_figures(trainer, pl_module),
+            "checkpoints": list(_checkpoints(trainer, counts, techniques, sparsity)),
+            "history": self._history,
+        }
+        figures = measure.plain_value(figures)
+        figures["notes"] = measure.verdict(figures)
+        if run.is_sharded and not any(hasattr(parameter, "full_tensor") for parameter in pl_module.parameters()):
+            figures["notes"].append(
+                f"{type(trainer.strategy).__name__} shards the model: only rank 0's part was counted."
+            )
+        self._publish(trainer, run.dir, figures)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hooks behind."""
+        self._end_run()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no hooks behind."""
+        self._end_run()
+
+    def _end_run(self) -> None:
+        if self._run is not None and self._run.capture is not None:
+            self._run.capture.remove()
+        self._run = None
+
+    def _publish(self, trainer: Trainer, directory: str, figures: dict[str, Any]) -> None:
+        self.figures = figures
+        picture = None
+        if self.plots:
+            try:
+                picture = plots.picture(figures)
+            except ImportError:
+                figures["notes"].append(
+                    'The plots were left out: matplotlib is not installed (pip install "lightning-compress[plots]").'
+                )
+        json_path, png_path = os.path.join(directory, "report.json"), os.path.join(directory, "report.png")
+        figures["files"] = [json_path] if picture is None else [json_path, png_path]
+        if picture is not None:
+            _write(png_path, picture)
+        _write(json_path, (json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        for logger in trainer.loggers:
+            logger.log_metrics(_log_entries(figures), step=trainer.global_step)
+        plots.print_table(figures)
+
+    # --- figures ------------------------------------------------------------------------------------------------------
+
+    def _note(self, trainer: Trainer, pl_module: LightningModule, sparsity: float | None = None) -> None:
+        if sparsity is None:
+            techniques = [_facts(technique) for technique in registry.techniques(pl_module)]
+            counts = measure.count_parameters(pl_module, _claimed_names(techniques))
+            sparsity = _claimed_sparsity(counts, techniques)
+        self._history.append(
+            {
+                "step": trainer.global_step,
+                "epoch": trainer.current_epoch,
+                "sparsity": sparsity,
+                "metrics": _metrics(trainer),
+            }
+        )
+
+    def _run_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        run, median = self._running, self._running.steps.median()
+        done = steps_done(trainer, pl_module)
+        return {
+            "steps": done,
+            "planned_steps": run.planned_steps,
+            "ended_early": run.planned_steps is not None and done < run.planned_steps,
+            "epochs": trainer.current_epoch,
+            "seconds": time.perf_counter() - run.started,
+            "step_ms": None if median is None else median * 1e3,
+            "steps_timed": run.steps.count,
+        }
+
+    def _file_size(self, trainer: Trainer, pl_module: LightningModule, deflate: bool) -> measure.FileSize | None:
+        if self._running.is_sharded or not trainer.is_global_zero:
+            return None
+        if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in pl_module.parameters()):
+            return None
+        return measure.file_size(pl_module.state_dict(), deflate)
+
+    def _size_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        size = self._file_size(trainer, pl_module, deflate=False)
+        if size is None:
+            return {"bytes": None, "deflated_bytes": None, "left_out": "the parameters are sharded over processes"}
+        if size.stored > _DEFLATED_AT_MOST:
+            reason = f"not deflated: more than {measure.spell_bytes(_DEFLATED_AT_MOST)}"
+            return {"bytes": size.stored, "deflated_bytes": None, "left_out": reason}
+        size = measure.file_size(pl_module.state_dict())
+        return {"bytes": size.stored, "deflated_bytes": size.deflated, "left_out": None}
+
+    def _latency_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        run, after = self._running, None
+        if run.inputs is not None:
+            after = self._measure(trainer, pl_module)
+        elif run.left_out is None:
+            run.left_out = _unknown_inputs(pl_module)
+        inputs = run.inputs.describe() if run.inputs is not None else None
+        return {
+            "left_out": run.left_out,
+            "of": ".".join(filter(None, [_name(pl_module), run.inputs_of])),
+            "inputs": inputs,
+            "inputs_before": self._before.get("inputs"),
+            "inputs_from": run.inputs_from,
+            "device": str(trainer.strategy.root_device),
+            "threads": torch.get_num_threads(),
+            "precision": str(trainer.precision),
+            "compiled": any(measure.is_compiled(module) for module in pl_module.modules()),
+            "before": self._before.get("latency"),
+            "after": after,
+        }
+
+    # --- latency ------------------------------------------------------------------------------------------------------
+
+    def _watch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run = self._running
+        if trainer.is_global_zero and run.left_out is None and run.inputs is None and run.capture is None:
+            run.capture = InputCapture(pl_module)
+
+    def _take_captured(self, trainer: Trainer, pl_module: LightningModule, source: str, is_last_chance: bool) -> None:
+        run = self._running
+        if run.capture is None:
+            return
+        run.capture.remove()
+        try:
+            run.inputs_of, run.inputs = run.capture.result()
+        except ValueError as error:
+            if is_last_chance:
+                run.left_out = _unknown_inputs(pl_module, f" ({error})")
+        else:
+            run.inputs_from = source
+            self._measure_before(trainer, pl_module)
+        run.capture = None
+
+    def _take_example(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run = self._running
+        if not trainer.is_global_zero:
+            return
+        inputs = ExampleInputs.from_example(pl_module.example_input_array)
+        try:
+            run.inputs = inputs.resized(min(inputs.batch, max(measure.BATCHES))).to("cpu")
+        except ValueError as error:
+            run.left_out = f"`example_input_array` cannot be used: {error}"
+            return
+        run.inputs_from = "example_input_array"
+        self._measure_before(trainer, pl_module)
+
+    def _measure_before(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run = self._running
+        if self._before.get("latency") is None and run.inputs is not None:
+            self._before["latency"] = measure.plain_value(self._measure(trainer, pl_module))
+            self._before["inputs"] = run.inputs.describe()
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        run, precision, device = self._running, trainer.precision_plugin, trainer.strategy.root_device
+        assert run.inputs is not None
+        inputs = run.inputs.map(precision.convert_input)
+        inputs = ExampleInputs(*move_data_to_device((inputs.args, inputs.kwargs), device))
+        module = pl_module.get_submodule(run.inputs_of)
+        found_on = pl_module.device  # at the end of a fit, Lightning has moved the model to the CPU
+        if found_on != device:
+            pl_module.to(device)
+        try:
+            return measure.measure_latencies(module, inputs, device, precision.forward_context)
+        finally:
+            if found_on != device:
+                pl_module.to(found_on)
+
+    @property
+    def _running(self) -> _Run:
+        assert self._run is not None
+        return self._run
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the history and the figures of the model as it came: plain Python only."""
+        return {"history": copy.deepcopy(self._history), "before": copy.deepcopy(self._before)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the history of the run that is resumed."""
+        if self._run is not None:
+            self._history = copy.deepcopy(state_dict["history"])
+            self._before = copy.deepcopy(state_dict["before"])
+
+
+# --- from techniques and counts to figures ---------------------------------------------------------------------------
+
+
+def _facts(technique: registry.Technique) -> dict[str, Any]:
+    return {
+        "technique": technique.technique,
+        "callback": type(technique).__name__,
+        "stage": technique.stage(),
+        "summary": technique.summary(),
+        "layers": {name: dict(facts) for name, facts in technique.layers().items()},
+    }
+
+
+def _claimed_names(techniques: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the parameters for which some technique answers with a sparsity."""
+    return [name for technique in techniques for name, facts in technique["layers"].items() if "sparsity" in facts]
+
+
+def _named(counts: Iterable[ParameterCount], names: Iterable[str]) -> list[ParameterCount]:
+    wanted = set(names)
+    return [count for count in counts if wanted.intersection((count.name, *count.aliases))]
+
+
+def _zeros_and_total(counts: Sequence[ParameterCount]) -> tuple[int, int]:
+    return sum(count.zeros for count in counts), sum(count.total for count in counts)
+
+
+def _claimed_sparsity(counts: Sequence[ParameterCount], techniques: Sequence[Mapping[str, Any]]) -> float | None:
+    zeros, total = _zeros_and_total(_named(counts, _claimed_names(techniques)))
+    return zeros / total if total else None
+
+
+def _totals(
+    counts: Sequence[ParameterCount], sparsity: float | None, techniques: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    zeros, total = _zeros_and_total(counts)
+    claimed_zeros, claimed = _zeros_and_total(_named(counts, _claimed_names(techniques)))
+    return {
+        "parameters": total,
+        "nonzero": total - zeros,
+        "zeros": zeros,
+        "sparsity": measure.share(zeros, total),
+        "claimed": claimed,
+        "claimed_zeros": claimed_zeros,
+        "claimed_sparsity": sparsity,
+    }
+
+
+def _summary(technique: Mapping[str, Any], counts: Sequence[ParameterCount]) -> dict[str, Any]:
+    claimed = _named(counts, technique["layers"])
+    zeros, total = _zeros_and_total(claimed)
+    return {
+        **{key: technique[key] for key in ("technique", "callback", "stage", "summary")},
+        "layers": len(claimed),
+        "parameters": total,
+        "zeros": zeros,
+        "sparsity": measure.share(zeros, total),
+    }
+
+
+def _row(count: ParameterCount, techniques: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    facts: dict[str, dict[str, Any]] = {}
+    for technique in techniques:
+        for name in (count.name, *count.aliases):
+            if name in technique["layers"]:
+                facts.setdefault(technique["technique"], {}).update(technique["layers"][name])
+    return {**asdict(count), "sparsity": count.sparsity, "techniques": facts}
+
+
+def _metrics(trainer: Trainer) -> dict[str, float | None]:
+    return {name: measure.plain_value(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _checkpoints(
+    trainer: Trainer, counts: Sequence[ParameterCount], techniques: Sequence[Mapping[str, Any]], final: float | None
+) -> Iterable[dict[str, Any]]:
+    """Say how sparse each file is that a ``ModelCheckpoint`` calls the best (neuralmagic/yolov5 #112)."""
+    claimed = _named(counts, _claimed_names(techniques))
+    for callback in trainer.checkpoint_callbacks:
+        path = getattr(callback, "best_model_path", "")
+        if not path or not os.path.exists(path) or not claimed:
+            continue
+        entry: dict[str, Any] = {
+            "path": str(path),
+            "monitor": getattr(callback, "monitor", None),
+            "sparsity": None,
+            "final_sparsity": final,
+            "left_out": None,
+        }
+        try:
+            if os.path.isdir(path):
+                raise ValueError("it is a folder of shards")
+            zeros, total = measure.checkpoint_zeros(path, claimed)
+            if not total:
+                raise ValueError("it holds none of the compressed parameters")
+            entry["sparsity"] = zeros / total
+        except Exception as error:  # whatever torch.load raises: a report must not end a training
+            entry["left_out"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        yield entry
+
+
+def _log_entries(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures for loggers.
+
+    No key may be another's folder: a store that keeps a metric in a file, as MLflow's does, cannot have both
+    ``compress/sparsity`` and ``compress/sparsity/net.0.weight``.
+    """
+    totals, run, size, latency = figures["totals"], figures["run"], figures["size"], figures["latency"]
+    entries = {
+        "parameters": totals["parameters"],
+        "nonzero_parameters": totals["nonzero"],
+        "sparsity": totals["claimed_sparsity"],
+        "sparsity_of_all": totals["sparsity"],
+        "file_bytes": size["bytes"],
+        "file_deflated_bytes": size["deflated_bytes"],
+        "step_ms": run["step_ms"],
+    }
+    for moment in ("before", "after"):
+        for batch, measured in (latency[moment] or {}).items():
+            entries[f"latency_ms_{moment}_batch_{batch}"] = measured["ms"]
+    for row in figures["parameters"]:
+        if row["techniques"]:
+            entries[f"layer_sparsity/{row['name']}"] = row["sparsity"]
+    return {f"compress/{key}": float(value) for key, value in entries.items() if value is not None}
+
+
+# --- small things -----------------------------------------------------------------------------------------------------
+
+
+def _folder(value: object) -> str | None:
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"`dir` must be the path of a folder or None, got {value!r} of type {type(value).__name__}.")
+    if value == "":
+        raise ValueError("`dir` must be the path of a folder or None (the logger's folder), got ''.")
+    return None if value is None else os.fspath(value)
+
+
+def _switch(value: object, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {value!r} of type {type(value).__name__}.")
+    return value
+
+
+def _is_sharded(trainer: Trainer) -> bool:
+    strategy = type(trainer.strategy).__name__
+    return strategy in ("FSDPStrategy", "ModelParallelStrategy") or "DeepSpeed" in strategy
+
+
+def _name(pl_module: LightningModule) -> str:
+    return type(pl_module).__name__
+
+
+def _unknown_inputs(pl_module: LightningModule, why: str = "") -> str:
+    return f"no example inputs{why} are known: give {_name(pl_module)} an `example_input_array`"
+
+
+def _write(path: str, content: bytes) -> None:
+    """Write a file that is whole or not there."""
+    directory = os.path.dirname(path)
+    filesystem = get_filesystem(path)
+    filesystem.makedirs(directory, exist_ok=True)
+    if "://" in path:
+        with filesystem.open(path, "wb") as file:  # an object store shows a file when it is whole
+            file.write(content)
+        return
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)

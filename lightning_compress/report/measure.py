@@ -1,0 +1,706 @@
+"""What a model weighs and how long it takes: counts, bytes, latencies. Torch alone, usable in any loop."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import sys
+import time
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_compress.modules import clean_name
+
+BATCHES = (1, 64)
+"""The batch sizes at which latency is measured."""
+
+_TOO_LONG = 5.0  # seconds that one forward may take; a slower one is left out, and the report says so
+
+
+# Counts --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many values a parameter has, and how many of them are exactly zero.
+
+    Args:
+        name: Its qualified name, the first where several modules share it.
+        shape: Its shape; of the whole parameter where it is sharded as a DTensor.
+        dtype: ``"float32"``, …
+        total: Its values.
+        zeros: Those that are zero.
+        aliases: Its other names.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    total: int
+    zeros: int
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros, in [0, 1]."""
+        return share(self.zeros, self.total)
+
+
+def count_parameters(module: nn.Module, names: Iterable[str] | None = None) -> list[ParameterCount]:
+    """Return the count of every parameter of a module, shared (tied) ones once, in the order of their names.
+
+    The zeros are counted on the parameters' device, which is waited for once. A parameter that is sharded as a DTensor
+    is counted over all processes, so all of them must call this. One that is not initialized yet counts nothing.
+
+    Args:
+        module: The module.
+        names: Count these alone; any of a shared parameter's names will do. ``None`` counts all.
+
+    Example::
+
+        >>> net = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+        >>> _ = nn.init.zeros_(net[0].bias)
+        >>> [(count.name, count.total, count.zeros) for count in count_parameters(net)]
+        [('0.weight', 6, 0), ('0.bias', 2, 2)]
+    """
+    found: dict[int, tuple[nn.Parameter, list[str]]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), (parameter, []))[1].append(clean_name(name))
+    entries = [
+        (parameter, own)
+        for parameter, own in found.values()
+        if not isinstance(parameter, nn.parameter.UninitializedParameter)
+    ]
+    if names is not None:
+        wanted = set(names)
+        entries = [(parameter, own) for parameter, own in entries if wanted.intersection(own)]
+    zeros = count_zeros([parameter for parameter, _ in entries])
+    return [
+        ParameterCount(
+            own[0], tuple(parameter.shape), _spell_dtype(parameter.dtype), parameter.numel(), count, tuple(own[1:])
+        )
+        for (parameter, own), count in zip(entries, zeros, strict=True)
+    ]
+
+
+def count_zeros(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the number of exact zeros in each tensor, waiting once for a device.
+
+    Example::
+
+        >>> count_zeros([torch.eye(3), torch.ones(2)])
+        [6, 0]
+    """
+    nonzero = [_count_nonzero(tensor) for tensor in tensors]
+    counted: dict[torch.device, list[int]] = {}
+    for device in {count.device for count in nonzero}:
+        counted[device] = torch.stack([count for count in nonzero if count.device == device]).tolist()
+    remaining = {device: iter(counts) for device, counts in counted.items()}
+    return [tensor.numel() - next(remaining[count.device]) for tensor, count in zip(tensors, nonzero, strict=True)]
+
+
+@torch.no_grad()
+def _count_nonzero(tensor: Tensor) -> Tensor:
+    if not hasattr(tensor, "full_tensor"):
+        return torch.count_nonzero(tensor.detach())
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    assert isinstance(tensor, DTensor)
+    mesh = tensor.device_mesh
+    count = torch.count_nonzero(tensor.to_local().detach()).to(mesh.device_type)
+    placements = [Replicate() if placement.is_replicate() else Partial() for placement in tensor.placements]
+    return DTensor.from_local(count, mesh, placements, run_check=False).full_tensor()
+
+
+def share(part: int, whole: int) -> float:
+    """Return `part` of `whole` as a number in [0, 1]; nothing of nothing is 0.
+
+    Example::
+
+        >>> share(3, 4), share(0, 0)
+        (0.75, 0.0)
+    """
+    return part / whole if whole else 0.0
+
+
+# Bytes ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FileSize:
+    """The bytes of a file as it is written, and of the same file deflated, as ``zip`` does it."""
+
+    stored: int
+    deflated: int | None = None
+
+
+class _CountingFile:
+    """A file that is measured and not kept."""
+
+    def __init__(self, level: int) -> None:
+        self.stored = 0
+        self.deflated = 0
+        self._compressor = zlib.compressobj(level) if level else None
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        self.stored += size
+        if self._compressor is not None:
+            self.deflated += len(self._compressor.compress(data))
+        return size
+
+    def flush(self) -> None:
+        pass
+
+    def finish(self) -> FileSize:
+        if self._compressor is None:
+            return FileSize(self.stored)
+        return FileSize(self.stored, self.deflated + len(self._compressor.flush()))
+
+
+def file_size(state: Mapping[str, Any], deflate: bool = True) -> FileSize:
+    """Return how large ``torch.save`` makes a state, on disk and deflated; nothing is written and nothing copied.
+
+    Example::
+
+        >>> size = file_size({"weight": torch.zeros(1000, 1000)})
+        >>> 4_000_000 < size.stored < 4_010_000, size.deflated < 10_000
+        (True, True)
+    """
+    file = _CountingFile(level=6 if deflate else 0)
+    torch.save(state, cast(IO[bytes], file))
+    return file.finish()
+
+
+def checkpoint_zeros(path: str, counts: Iterable[ParameterCount]) -> tuple[int, int]:
+    """Return the zeros and the values that some parameters have in a Lightning checkpoint's ``state_dict``.
+
+    Parameters that the file lacks count nothing. The file is mapped, not read whole, and runs no code of its own.
+
+    Raises:
+        Exception: Whatever ``torch.load(weights_only=True)`` raises, or ``KeyError`` without a ``state_dict``.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    state = {clean_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
+    tensors = []
+    for count in counts:
+        tensors += [state[name] for name in (count.name, *count.aliases) if name in state][:1]
+    return sum(count_zeros(tensors)), sum(tensor.numel() for tensor in tensors)
+
+
+# Inputs --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExampleInputs:
+    """What a module's forward is called with.
+
+    Example::
+
+        >>> inputs = ExampleInputs((torch.zeros(5, 3),), {"scale": 2.0})
+        >>> inputs.batch, inputs.resized(64).args[0].shape, inputs.resized(1).describe()
+        (5, torch.Size([64, 3]), 'float32 1×3, scale=2.0')
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_example(cls, example: Any) -> ExampleInputs:
+        """Read Lightning's ``example_input_array``: a tuple is positional, a dict keywords, all else one argument."""
+        if isinstance(example, dict):
+            return cls(kwargs=dict(example))
+        return cls(tuple(example) if isinstance(example, tuple) else (example,))
+
+    @property
+    def batch(self) -> int:
+        """The size of dimension 0, which all tensors share; numbers and tensors without dimensions have none.
+
+        Raises:
+            ValueError: If there is no tensor, if the sizes differ, or if something is neither tensor nor plain value.
+        """
+        sizes: list[int] = []
+        for leaf in tree_leaves((self.args, self.kwargs)):
+            if isinstance(leaf, Tensor):
+                sizes += [leaf.shape[0]] if leaf.dim() else []
+            elif not isinstance(leaf, (Real, str, type(None))):
+                raise ValueError(f"an input of type {type(leaf).__name__} cannot be cut to another batch size")
+        if not sizes or not sizes[0]:
+            raise ValueError("the inputs hold no tensor with a batch dimension")
+        if len(set(sizes)) > 1:
+            raise ValueError(f"the inputs share no batch dimension: dimension 0 is {_spell_list(sorted(set(sizes)))}")
+        return sizes[0]
+
+    def resized(self, size: int) -> ExampleInputs:
+        """Return the same inputs with another batch size: the rows from the first on, again and again.
+
+        Raises:
+            ValueError: As for `batch`.
+        """
+        batch = self.batch
+
+        def resize(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not leaf.dim():
+                return leaf
+            return leaf.detach()[torch.arange(size, device=leaf.device) % batch]
+
+        return ExampleInputs(tree_map(resize, self.args), tree_map(resize, self.kwargs))
+
+    def to(self, device: torch.device | str) -> ExampleInputs:
+        """Return the same inputs on another device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> ExampleInputs:
+        """Return the inputs with every tensor changed."""
+
+        def apply(leaf: Any) -> Any:
+            return change(leaf) if isinstance(leaf, Tensor) else leaf
+
+        return ExampleInputs(tree_map(apply, self.args), tree_map(apply, self.kwargs))
+
+    def describe(self) -> str:
+        """Return the types and shapes in one line."""
+
+        def spell(leaf: Any) -> str:
+            if not isinstance(leaf, Tensor):
+                return repr(leaf)
+            return f"{_spell_dtype(leaf.dtype)} {spell_shape(leaf.shape)}".rstrip()
+
+        words = [", ".join(map(spell, tree_leaves(value))) for value in self.args]
+        return ", ".join(
+            words + [f"{name}={', '.join(map(spell, tree_leaves(value)))}" for name, value in self.kwargs.items()]
+        )
+
+
+class InputCapture:
+    """Keeps what a module's forward receives at its first call; :meth:`remove` takes the hooks away.
+
+    Where the module itself is not called, but one of its children that have parameters is (``self.net(x)`` in a
+    ``training_step``), that child's inputs are kept. At most the largest batch of `BATCHES` is copied, to the CPU.
+    Compiled and scripted modules get no hook, since a hook would have them compiled again.
+
+    Example::
+
+        >>> net = nn.Sequential(nn.Linear(3, 2))
+        >>> capture = InputCapture(net)
+        >>> _ = net(torch.zeros(5, 3))
+        >>> capture.remove()
+        >>> name, inputs = capture.result()
+        >>> name, inputs.describe()
+        ('', 'float32 5×3')
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._type = type(module).__name__
+        self._found: dict[str, ExampleInputs | ValueError] = {}
+        self._handles = [
+            child.register_forward_pre_hook(self._hook(name, child.forward), with_kwargs=True)
+            for name, child in [("", module), *module.named_children()]
+            if not isinstance(child, torch.jit.ScriptModule)
+            and not is_compiled(child)
+            and next(child.parameters(), None) is not None
+        ]
+
+    def _hook(self, name: str, forward: Any) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # Under DDP Lightning puts `training_step` in the place of `forward` for a moment: that call is not meant.
+            if name in self._found or module.forward != forward:
+                return
+            try:
+                inputs = ExampleInputs(args, kwargs)
+                self._found[name] = inputs.resized(min(inputs.batch, max(BATCHES))).to("cpu")
+            except ValueError as error:
+                self._found[name] = error
+
+        return keep
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def result(self) -> tuple[str, ExampleInputs]:
+        """Return the name of the module that was called (``""`` is the module itself) and its inputs.
+
+        Raises:
+            ValueError: If nothing was called, if several children were, or if the inputs have no batch dimension.
+        """
+        if not self._found:
+            raise ValueError(f"the forward of {self._type} was not seen")
+        name = "" if "" in self._found else next(iter(self._found))
+        if name and len(self._found) > 1:
+            called = _spell_list([f"'{child}'" for child in self._found])
+            raise ValueError(f"{self._type}'s own forward is not called, and several of its modules are: {called}")
+        found = self._found[name]
+        if isinstance(found, ValueError):
+            raise found
+        return name, found
+
+
+# Time ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A median time in seconds, of how many repeats, and the shortest of them."""
+
+    seconds: float
+    repeats: int
+    fastest: float
+
+
+def median_latency(
+    module: nn.Module,
+    inputs: ExampleInputs,
+    budget: float = 0.5,
+    repeats: int = 100,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Latency:
+    """Return the median time of a module's forward, in eval mode and without gradients, after a warm-up.
+
+    The module is left as it was found: see :func:`preserved`. A compiled module is measured uncompiled.
+
+    Args:
+        module: The module, on the device to measure.
+        inputs: What its forward is called with, on the same device.
+        budget: Seconds after which no further repeat begins; one is always made.
+        repeats: The most repeats.
+        context: Entered around each forward, and measured with it: autocast, for example.
+
+    Example::
+
+        >>> latency = median_latency(nn.Linear(3, 2), ExampleInputs((torch.zeros(5, 3),)), repeats=10)
+        >>> latency.repeats, 0 < latency.seconds < 0.1
+        (10, True)
+    """
+    device = next((leaf.device for leaf in tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, Tensor)), None)
+
+    def seconds() -> float:
+        _wait_for(device)
+        start = time.perf_counter()
+        with context():
+            module(*inputs.args, **inputs.kwargs)
+        _wait_for(device)
+        return time.perf_counter() - start
+
+    with ExitStack() as stack:
+        stack.enter_context(preserved(module))
+        stack.enter_context(torch.no_grad())
+        if any(is_compiled(child) for child in module.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for child in module.modules():
+            child.__dict__["training"] = False  # not eval(): what a user's own train() does could not be undone
+        end = time.perf_counter() + budget
+        for _ in range(3):  # warm-up, shorter where a forward is slow
+            if seconds() > budget / 10:
+                break
+        times = [seconds()]
+        while len(times) < repeats and time.perf_counter() < end:
+            times.append(seconds())
+    return Latency(statistics.median(times), len(times), min(times))
+
+
+@contextmanager
+def preserved(module: nn.Module) -> Iterator[None]:
+    """Put back, on leaving, what forwards can change: buffers, attributes (metric states, counters), random numbers.
+
+    Parameters are not covered. Attributes of each module that are tensors, lists, dicts or sets are put back as the
+    same objects with their former content, all others as the same objects.
+
+    Example::
+
+        >>> norm = nn.BatchNorm1d(2)
+        >>> with preserved(norm):
+        ...     _ = norm(torch.rand(4, 2))
+        >>> norm.running_mean.tolist(), norm.num_batches_tracked.item()
+        ([0.0, 0.0], 0)
+    """
+    modules = list(module.modules())
+    saved = [(_Saved(child._buffers), _Saved(child.__dict__, _is_state)) for child in modules]
+    devices = sorted({leaf.device.index for leaf in module.parameters() if leaf.device.type == "cuda"})
+    python_random, numpy = random.getstate(), sys.modules.get("numpy")
+    numpy_random = numpy.random.get_state() if numpy is not None else None
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python_random)
+        if numpy is not None:
+            numpy.random.set_state(numpy_random)
+        for buffers, attributes in saved:
+            buffers.restore()
+            attributes.restore()
+
+
+def _is_state(key: str) -> bool:
+    return key not in ("_parameters", "_buffers", "_modules") and not key.endswith(("_hooks", "_hooks_with_kwargs"))
+
+
+class _Saved:
+    """The content of a dictionary, and of the containers and tensors in it."""
+
+    def __init__(self, target: dict[str, Any], is_meant: Callable[[str], bool] = lambda key: True) -> None:
+        self._target = target
+        self._is_meant = is_meant
+        self._values = {key: value for key, value in target.items() if is_meant(key)}
+        self._tensors = [
+            (value, value.detach().clone())
+            for value in self._values.values()
+            if isinstance(value, Tensor) and not value.is_inference()
+        ]
+        self._containers = [
+            (value, value.copy()) for value in self._values.values() if type(value) in (list, dict, set)
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for tensor, content in self._tensors:
+            if not torch.equal(tensor, content):  # batch norm changes its buffers without a new `_version`
+                tensor.copy_(content)
+        for container, content in self._containers:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
+        for key in [key for key in self._target if self._is_meant(key) and key not in self._values]:
+            del self._target[key]
+        self._target.update(self._values)
+
+
+def measure_latencies(
+    module: nn.Module,
+    inputs: ExampleInputs,
+    device: torch.device | str,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, dict[str, Any]]:
+    """Return the latency in milliseconds at each batch size of `BATCHES`; one that cannot be measured says why.
+
+    Other processes can only make a forward slower. So a measurement that looks disturbed is made up to three times and
+    the lowest median counts; it is ``unsure`` if that looks disturbed too: more than twice the fastest forward, or more
+    than 1.5 times as long for each row as at batch 1.
+
+    Example::
+
+        >>> latencies = measure_latencies(nn.Linear(3, 2), ExampleInputs((torch.zeros(5, 3),)), "cpu")
+        >>> list(latencies), list(latencies["64"])
+        (['1', '64'], ['ms', 'fastest_ms', 'repeats', 'unsure'])
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for_a_row = math.inf
+    for batch in BATCHES:
+        expected = for_a_row * batch
+        if _TOO_LONG < expected < math.inf:
+            result[str(batch)] = {"ms": None, "left_out": f"one forward would take about {expected:.0f} s"}
+            continue
+        try:
+            resized = inputs.resized(batch).to(device)
+            latency = median_latency(module, resized, context=context)
+            for _ in range(2):
+                if not _is_disturbed(latency, expected) or latency.repeats == 1:
+                    break
+                latency = min(latency, median_latency(module, resized, context=context), key=lambda it: it.seconds)
+        except Exception as error:  # whatever a model raises: a report must not end a training
+            result[str(batch)] = {"ms": None, "left_out": f"{type(error).__name__}: {_first_line(error)}"}
+            continue
+        for_a_row = min(for_a_row, latency.seconds / batch)
+        result[str(batch)] = {
+            "ms": latency.seconds * 1e3,
+            "fastest_ms": latency.fastest * 1e3,
+            "repeats": latency.repeats,
+            "unsure": _is_disturbed(latency, expected),
+        }
+    return result
+
+
+def _is_disturbed(latency: Latency, expected: float) -> bool:
+    return latency.seconds > 2.0 * latency.fastest or latency.seconds > 1.5 * expected
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` has the module's forward: as a wrapper, in place, or as Lightning keeps it.
+
+    Example::
+
+        >>> is_compiled(nn.Linear(3, 2)), is_compiled(torch.compile(nn.Linear(3, 2)))
+        (False, True)
+    """
+    return (
+        "_orig_mod" in module._modules
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or getattr(module, "_compiler_ctx", None) is not None
+    )
+
+
+class StepTimes:
+    """The times of steps, in bounded memory: beyond 20,000 of them every second one is dropped.
+
+    Example::
+
+        >>> times = StepTimes(warmup=1)
+        >>> for seconds in (9.0, 1.0, 2.0, 3.0):
+        ...     times.add(seconds)
+        >>> times.median(), times.count
+        (2.0, 3)
+    """
+
+    def __init__(self, warmup: int = 10, most: int = 20_000) -> None:
+        self._warmup = warmup
+        self._most = most
+        self._stride = 1
+        self._seen = 0
+        self._times = array("d")
+
+    def add(self, seconds: float) -> None:
+        """Take one step's time."""
+        if self._seen % self._stride == 0:
+            self._times.append(seconds)
+            if len(self._times) > self._most:
+                self._times, self._stride = self._times[::2], 2 * self._stride
+        self._seen += 1
+
+    @property
+    def count(self) -> int:
+        """How many steps the median is of: all but the warm-up, which is at most the first half."""
+        return self._seen - min(self._warmup, self._seen // 2)
+
+    def median(self) -> float | None:
+        """Return the median in seconds, ``None`` without a step."""
+        warmup = -(-(self._seen - self.count) // self._stride)
+        return statistics.median(self._times[warmup:]) if self._times else None
+
+
+def _wait_for(device: torch.device | None) -> None:
+    if device is not None and device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+# Words ---------------------------------------------------------------------------------------------------------------
+
+
+def verdict(figures: Mapping[str, Any]) -> list[str]:
+    """Return plain sentences on what is really smaller and faster, and what only could be.
+
+    Args:
+        figures: The content of ``report.json``.
+
+    Example::
+
+        >>> figures = {"totals": {"zeros": 90, "parameters": 100}, "before": {"parameters": 100}}
+        >>> verdict(figures)
+        ['The zeros are stored dense and computed dense: in this format the model is neither smaller nor faster.']
+    """
+    totals, before, size = figures["totals"], figures["before"], figures.get("size", {})
+    sentences = []
+    removed = before.get("parameters", 0) - totals["parameters"]
+    if removed > 0:
+        sentences.append(
+            f"{removed:,} parameters are physically gone ({before['parameters']:,} before, "
+            f"{totals['parameters']:,} now): the model is really smaller."
+        )
+    if share(totals["zeros"], totals["parameters"]) >= 0.01:
+        which, what = "The zeros", "in this format the model is neither smaller nor faster"
+        if removed > 0:
+            which, what = "The zeros that are left", "they save nothing in this format"
+        sentence = f"{which} are stored dense and computed dense: {what}"
+        if size.get("deflated_bytes") and size["deflated_bytes"] < 0.9 * size["bytes"]:
+            sentence += (
+                f"; deflated, the file takes {spell_bytes(size['deflated_bytes'])} instead of "
+                f"{spell_bytes(size['bytes'])}"
+            )
+        sentences.append(f"{sentence}.")
+    elif removed <= 0 and not figures.get("techniques"):
+        sentences.append("Nothing was compressed: no technique acted on this model.")
+    rows = figures.get("parameters", ())
+    if any(_is_claimed(row) for row in rows):
+        alone = [row for row in rows if len(row["shape"]) > 1 and not _is_claimed(row)]
+        if alone:
+            names = [row["name"] for row in alone[:6]] + ["…"] * (len(alone) > 6)
+            total = sum(row["total"] for row in alone)
+            sentences.append(f"Not made sparse, {total:,} values: {', '.join(names)}.")
+    return sentences
+
+
+def _is_claimed(row: Mapping[str, Any]) -> bool:
+    return any("sparsity" in facts for facts in row["techniques"].values())
+
+
+def plain_value(value: Any) -> Any:
+    """Return a value as JSON can hold it: tensors and numpy's numbers as Python's, NaN and infinity as ``None``.
+
+    Example::
+
+        >>> plain_value({"sparsity": torch.tensor(0.5), "shape": (2, 3), "loss": float("nan")})
+        {'sparsity': 0.5, 'shape': [2, 3], 'loss': None}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain_value(item) for item in value]
+    if hasattr(value, "tolist"):  # tensors, arrays, numpy's scalars
+        return plain_value(value.tolist())
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        number = float(value)
+        return number if number - number == 0.0 else None
+    return str(value)
+
+
+def spell_bytes(size: int) -> str:
+    """Return a size as people write it, in powers of a thousand.
+
+    Example::
+
+        >>> spell_bytes(812), spell_bytes(1_070_000)
+        ('812 B', '1.07 MB')
+    """
+    number, units = float(size), ["B", "kB", "MB", "GB", "TB"]
+    while number >= 999.5 and len(units) > 1:
+        number, units = number / 1000.0, units[1:]
+    return f"{number:.3g} {units[0]}"
+
+
+def spell_milliseconds(ms: float) -> str:
+    """Return a time as people write it.
+
+    Example::
+
+        >>> spell_milliseconds(0.0421), spell_milliseconds(12.34), spell_milliseconds(1234.5)
+        ('0.042 ms', '12.3 ms', '1.23 s')
+    """
+    if ms >= 999.5:
+        return f"{ms / 1000.0:.3g} s"
+    return f"{ms:.3f} ms" if ms < 1 else f"{ms:.3g} ms"
+
+
+def spell_shape(shape: Sequence[int]) -> str:
+    """Return a shape as people write it.
+
+    Example::
+
+        >>> spell_shape((300, 784))
+        '300×784'
+    """
+    return "×".join(str(size) for size in shape)
+
+
+def _spell_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _spell_list(words: Sequence[Any]) -> str:
+    return " and ".join(filter(None, [", ".join(map(str, words[:-1])), str(words[-1])]))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
