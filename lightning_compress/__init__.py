@@ -1,0 +1,9 @@
+"""Callbacks that compress a PyTorch model while Lightning trains it."""
+
+from lightning_compress.learning_rate import LearningRateSchedule
+from lightning_compress.pruning import GradualPruning
+from lightning_compress.report import CompressionReport
+
+__version__ = "0.1.0"
+
+__all__ = ["CompressionReport", "GradualPruning", "LearningRateSchedule"]

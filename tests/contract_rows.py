@@ -1,0 +1,86 @@
+"""Every callback of the library, as the contract suite runs it. A new callback is one more row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_compress import CompressionReport, GradualPruning, LearningRateSchedule
+from lightning_compress.modules import clean_name
+from tests.helpers import zeros
+
+
+@dataclass(frozen=True)
+class Row:
+    """A callback and what it promises at the end of a run.
+
+    Args:
+        make: Returns a new callback; it may write into the folder that it is given.
+        check: Raises where the end of a run is not what the callback promises.
+    """
+
+    make: Callable[[Path], Callback]
+    check: Callable[[LightningModule, Any, Trainer], None]
+
+
+def _is_pruned(module: LightningModule, callback: Any, trainer: Trainer) -> None:
+    pruned, total = zeros(module)
+    assert abs(pruned / total - 0.8) < 1 / total
+    assert callback.stage() == 1.0
+
+
+def _layers_are_pruned(module: LightningModule, callback: Any, trainer: Trainer) -> None:
+    parameters = {clean_name(name): parameter for name, parameter in module.named_parameters()}
+    for name, facts in callback.layers().items():
+        assert int((parameters[name] == 0).sum()) == facts["pruned"]
+    pruned, total = zeros(module)
+    assert abs(pruned / total - 0.7) < 1 / total
+
+
+def _has_decayed(module: LightningModule, callback: Any, trainer: Trainer) -> None:
+    for optimizer in trainer.optimizers:
+        assert all(float(group["lr"]) < 1e-6 for group in optimizer.param_groups)
+
+
+def _has_reported(module: LightningModule, callback: Any, trainer: Trainer) -> None:
+    report = json.loads((Path(callback.dir) / "report.json").read_text())
+    matrices = [p for p in report["parameters"] if len(p["shape"]) > 1]
+    assert (sum(p["zeros"] for p in matrices), sum(p["total"] for p in matrices)) == zeros(module)
+
+
+def _connections(criterion: str, **kwargs: Any) -> Row:
+    pattern = {} if kwargs.get("granularity") == "2:4" else {"final_sparsity": 0.75}
+
+    def check(module: LightningModule, callback: Any, trainer: Trainer) -> None:
+        pruned, total = zeros(module)
+        assert pruned == round((pattern or {"final_sparsity": 0.5})["final_sparsity"] * total)
+        assert callback.stage() == 1.0
+
+    return Row(
+        lambda path: GradualPruning(criterion=criterion, begin=0.1, end=0.7, every=2, **pattern, **kwargs), check
+    )
+
+
+ROWS = {
+    "pruning": Row(lambda path: GradualPruning(0.8, begin=0.1, end=0.6, every=2), _is_pruned),
+    "pruning_erk": Row(
+        lambda path: GradualPruning(0.7, scope="erk", schedule="linear", begin=0, end=0.9, every=3), _layers_are_pruned
+    ),
+    "pruning_gradient": _connections("gradient"),
+    "pruning_taylor_regrowth": _connections("gradient_weight", regrowth=0.3),
+    "pruning_activation": _connections("activation_weight", scope="layer"),
+    "pruning_movement": _connections("movement"),
+    "pruning_random": _connections("random"),
+    "pruning_2_4": _connections("activation_weight", granularity="2:4"),
+    "pruning_blocks": _connections("gradient", granularity="block:4x1"),
+    "learning_rate": Row(lambda path: LearningRateSchedule(warmup=0.2, decay="cosine"), _has_decayed),
+    "report": Row(lambda path: CompressionReport(dir=str(path), plots=False, latency=False), _has_reported),
+}
+
+# One of each class, for the runs that have all of them.
+TOGETHER = ("pruning", "learning_rate", "report")
