@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from lightning_compress import registry
 from lightning_compress.moments import RunLength
 
 if TYPE_CHECKING:
@@ -65,6 +68,44 @@ def callbacks(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]  # set by its callback connector
 
 
+def publish_compressed_metrics(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Put each metric, as ``compress/<name>``, where ``ModelCheckpoint`` looks; NaN until compression is complete.
+
+    ``ModelCheckpoint(monitor="compress/val_acc", mode="max")`` then keeps the best compressed epoch: it takes NaN for
+    the worst value in both modes, so an epoch that is not compressed is kept only until one that is comes. To call in
+    ``on_validation_end``, which ``ModelCheckpoint`` is always the last to run; again wherever compression is undone.
+    """
+    techniques = registry.techniques(pl_module)
+    if trainer.sanity_checking or not techniques:
+        return
+    is_complete = all(technique.stage() >= 1.0 for technique in techniques)
+    metrics, logged = trainer.callback_metrics, trainer.logged_metrics
+    for name, value in list(metrics.items()):
+        key = f"compress/{name}"
+        if not name.startswith("compress/") and key not in logged:  # somebody logs a metric of that name
+            metrics[key] = value if is_complete else torch.tensor(math.nan, device=value.device)
+
+
+def warn_if_best_is_uncompressed(trainer: Trainer) -> None:
+    """Warn where a ``ModelCheckpoint`` chooses the best epoch among all, and not only among compressed ones.
+
+    To call in ``on_train_start``, once for each run.
+    """
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.utilities import rank_zero_warn
+
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint) or callback.save_top_k in (0, -1):
+            continue
+        monitor = callback.monitor
+        if monitor is not None and not monitor.startswith("compress/"):
+            rank_zero_warn(
+                f"ModelCheckpoint(monitor='{monitor}') may keep an epoch that is not compressed yet: a metric is often "
+                f"best before compression ends. ModelCheckpoint(monitor='compress/{monitor}', mode='{callback.mode}') "
+                f"chooses among compressed epochs only."
+            )
+
+
 def plain(value: Any) -> Any:
     """Return OmegaConf's containers as the plain lists and dicts that they stand for; anything else as it is.
 
@@ -78,15 +119,25 @@ def plain(value: Any) -> Any:
     return value
 
 
-def refuse_sharding(trainer: Trainer, callback: Any) -> None:
-    """Raise where the strategy splits parameters among processes, which the callback cannot follow yet.
+def refuse_sharding(trainer: Trainer, callback: Any, *, but_dtensors: bool = False) -> None:
+    """Raise where the strategy splits parameters among processes.
+
+    Args:
+        trainer: The trainer with its strategy.
+        callback: The callback that cannot work with it.
+        but_dtensors: Whether DTensors (``fully_shard``, FSDP2) are fine.
 
     Raises:
-        ValueError: With the strategy's name and those that work.
+        ValueError: With the strategy's name and what to use instead.
     """
     strategy = type(trainer.strategy).__name__
-    if strategy in ("FSDPStrategy", "ModelParallelStrategy") or "DeepSpeed" in strategy:
+    if (
+        strategy == "FSDPStrategy"
+        or "DeepSpeed" in strategy
+        or (strategy == "ModelParallelStrategy" and not but_dtensors)
+    ):
+        others = "ModelParallelStrategy with `fully_shard` (FSDP2), " if but_dtensors else ""
         raise ValueError(
             f"{type(callback).__name__} cannot act on the sharded parameters of {strategy}. "
-            f"Use Trainer(strategy='ddp') or a single device."
+            f"Use {others}Trainer(strategy='ddp') or a single device."
         )

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_compress import registry
 from lightning_compress.modules import Target, as_patterns, clean_name, select_parameters
 from lightning_compress.moments import Moment, MomentLike, Ramp, number, progress, ramp, refuse_if_after, resolve_span
+from lightning_compress.pruning import sharding
 from lightning_compress.pruning.activations import InputNorms
 from lightning_compress.pruning.allocation import SCOPES
 from lightning_compress.pruning.granularity import Field, Granularity, element_fields
@@ -178,7 +179,7 @@ class GradualPruning(Callback):
             return
         self._release(pl_module)
         self._forget()
-        refuse_sharding(trainer, self)
+        refuse_sharding(trainer, self, but_dtensors=not self._granularity.is_structured)
         if not is_overridden("configure_model", pl_module):
             self._select(pl_module)
 
@@ -194,6 +195,7 @@ class GradualPruning(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve the moments, make or restore the masks, and watch the optimizers."""
         pruner = self._running
+        sharding.reshard(pl_module)
         run = run_length(trainer)
         begin, end = resolve_span(self.begin, self.end, run)
         self._span = (begin, end, max(self.every.resolve(run, "every"), 1))

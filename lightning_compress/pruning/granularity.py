@@ -97,6 +97,11 @@ class Field:
         return mask
 
     @property
+    def is_entries(self) -> bool:
+        """Whether the units are the single entries of one parameter."""
+        return type(self).reduce is Field.reduce
+
+    @property
     def size(self) -> int:
         """How many units there are."""
         return torch.Size(self.shape).numel()
@@ -115,19 +120,19 @@ class PatternField(Field):
         ranked = self._groups(scores).to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
         order = ranked.masked_fill(~kept, -torch.inf).argsort(dim=1, stable=True)
         may_go = torch.zeros_like(kept).scatter_(1, order[:, : self.drop], True) & kept
-        return self._ungroup(may_go)
+        return self._ungroup(may_go, mask)
 
     def initial(self, weights: Mapping[int, Tensor]) -> Tensor:
         """Return the mask of the zeros that are there, at most M − N in each M."""
-        pruned = ~self._groups(super().initial(weights))
-        return self._ungroup(~(pruned & (pruned.cumsum(1) <= self.drop)))
+        mask = super().initial(weights)
+        pruned = ~self._groups(mask)
+        return self._ungroup(~(pruned & (pruned.cumsum(1) <= self.drop)), mask)
 
     def _groups(self, tensor: Tensor) -> Tensor:
         return tensor.movedim(self.dim, -1).reshape(-1, self.of)
 
-    def _ungroup(self, groups: Tensor) -> Tensor:
-        moved = torch.empty(self.shape).movedim(self.dim, -1).shape
-        return groups.reshape(moved).movedim(-1, self.dim).contiguous()
+    def _ungroup(self, groups: Tensor, like: Tensor) -> Tensor:
+        return groups.reshape(like.movedim(self.dim, -1).shape).movedim(-1, self.dim).contiguous()
 
 
 class BlockField(Field):
@@ -140,7 +145,9 @@ class BlockField(Field):
     def reduce(self, scores: Mapping[int, Tensor]) -> Tensor:
         """Return the sum over each block."""
         score = scores[self.members[0]]
-        return score.reshape(self.shape[0], self.rows, self.shape[1], self.columns, *score.shape[2:]).sum((1, 3))
+        rows, columns, *kernel = score.shape
+        blocks = (rows // self.rows, self.rows, columns // self.columns, self.columns)
+        return score.reshape(*blocks, *kernel).sum((1, 3))
 
     def spread(self, mask: Tensor) -> dict[int, Tensor]:
         """Return the mask of entries: each block's bit at all of its places."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_compress.modules import Target
 from lightning_compress.pruning import masks as masking
+from lightning_compress.pruning import sharding
 from lightning_compress.pruning.activations import input_norm
 from lightning_compress.pruning.allocation import SCOPES
 from lightning_compress.pruning.granularity import Field
@@ -87,6 +89,8 @@ class Pruner:
         self.without_signal: set[str] = set()
         self._criterion = criterion
         self._units: list[Tensor] = []  # masks of the fields' units; for single weights these are the targets' masks
+        self._group: dist.ProcessGroup | None = None  # over which the parameters are sharded
+        self._sharded: dict[int, nn.Parameter] = {}
         self._grown: list[Tensor] | None = None
         self._signals: list[Tensor | None] = [None] * len(self.targets)
         self._updates = 0
@@ -147,6 +151,7 @@ class Pruner:
     @torch.no_grad()
     def start(self) -> None:
         """Begin afresh from the weights as they are; the zeros of an already sparse model stay."""
+        self._find_group()
         self._signals = [None] * len(self.targets)
         self._grown, self._updates, self.surplus = None, 0, 0
         self.rescued, self.without_signal = set(), set()
@@ -155,6 +160,12 @@ class Pruner:
         for path in self._paths:
             existing = sum(self._pruned[i] for i in path.fields)
             if existing > path.final:
+                if self._group is not None:
+                    names = ", ".join(self.fields[i].name for i in path.fields)
+                    raise ValueError(
+                        f"`final_sparsity` asks for {path.final} zeros in {names}, which have {existing} already: "
+                        f"with sharded parameters it must not be lower."
+                    )
                 masking.free_surplus_([self._units[i] for i in path.fields], existing - path.final)
                 self.surplus += existing - path.final
             path.start = min(max(path.first, existing), path.final)
@@ -199,20 +210,23 @@ class Pruner:
         candidates = {n: fields[n].candidates(_known(scores[n]), kept[n]) for n in known}
 
         def select() -> dict[int, Tensor]:
-            available = sum(int(candidate.count_nonzero()) for candidate in candidates.values())
+            available = sum(self._count(candidates.values()))
             out = select_smallest(
                 [_known(scores[n]) for n in known],
                 min(missing, available),
                 candidates=list(candidates.values()),
                 absolute=is_absolute,
                 names=[fields[n].name for n in known],
+                group=self._group,
             )
             return dict(zip(known, out, strict=True))
 
         protected: set[int] = set()
         while known:
             found = select()
-            emptied = {n for n in known if n not in protected and kept[n].numel() and torch.equal(kept[n], found[n])}
+            counts = self._count([*(kept[n] for n in known), *(found[n] for n in known)])
+            before_and_gone = zip(known, counts, counts[len(known) :], strict=False)
+            emptied = {n for n, before, gone in before_and_gone if 0 < before == gone and n not in protected}
             if not emptied:
                 for n in known:
                     selected[n] = found[n]
@@ -220,14 +234,16 @@ class Pruner:
             # A layer without a weight cuts the network: its best one stays, and another layer gives up one instead.
             protected |= emptied
             self.rescued |= {fields[n].name for n in emptied}
-            for n in emptied:
-                candidates[n] = candidates[n].clone()
-                candidates[n][_largest(_known(scores[n]), kept[n], is_absolute)] = False
+            for n in sorted(emptied):
+                place, value = _largest(_known(scores[n]), kept[n], is_absolute)
+                if sharding.holds_the_largest(value, self._group):
+                    candidates[n] = candidates[n].clone()
+                    candidates[n][place] = False
         return selected
 
     def _scores(self, fields: Sequence[Field]) -> tuple[list[Tensor | None], bool]:
         """Return the scores of units, ``None`` without a signal, and whether their absolute values are meant."""
-        by_weight = all(type(field).reduce is Field.reduce for field in fields)
+        by_weight = all(field.is_entries for field in fields)
         is_absolute = self._criterion.is_absolute and by_weight
         scores: list[Tensor | None] = []
         for field in fields:
@@ -249,10 +265,10 @@ class Pruner:
         if self._criterion.signal == "activation":
             squares = self._signals[target]
             return None if squares is None else input_norm(squares, self.targets[target])
-        weight = self._weight(target)
         seed = (self.seed * 1_000_003 + self._updates) * 10_007 + target
-        numbers = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed % 2**63))
-        return numbers.to(weight.device)
+        parameter = self._parameter(target)
+        numbers = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(seed % 2**63))
+        return sharding.scatter(numbers.to(parameter.device), parameter)
 
     # --- signals ------------------------------------------------------------------------------------------------------
 
@@ -267,10 +283,10 @@ class Pruner:
         if gather is None:
             return
         for i in sorted({i for field in self.fields for i in field.scored}):
-            parameter = self.targets[i].parameter
+            parameter = self._parameter(i)
             if parameter.grad is None or id(parameter) not in owned:
                 continue
-            told = gather(_local(parameter.detach()), _local(_dense(parameter.grad)))
+            told = gather(sharding.local(parameter.detach()), sharding.local(_dense(parameter.grad)))
             previous = self._signals[i]
             self._signals[i] = told.clone() if previous is None else previous.add_(told)
 
@@ -283,40 +299,32 @@ class Pruner:
 
     @torch.no_grad()
     def regrow(self, share: float) -> None:
-        """Swap the lowest-scoring kept weights for the pruned ones with the largest gradient (RigL).
+        """Swap each layer's lowest-scoring kept weights for its pruned ones with the largest gradient (RigL).
 
-        Of each path, ``share · min(kept, pruned)`` weights are swapped; the sparsity stays what it is. A weight that
-        comes back starts at zero, and the optimizer step that follows moves it. (Evci et al. 2020, arXiv 1911.11134.)
+        ``share · min(kept, pruned)`` weights are swapped; the sparsity stays what it is. A weight that comes back
+        starts at zero, and the optimizer step that follows moves it. (Evci et al. 2020, arXiv 1911.11134.)
         """
-        grown = {}
-        for path in self._paths:
-            pruned = sum(self._pruned[i] for i in path.fields)
-            fields = [self.fields[i] for i in path.fields]
-            scores, is_absolute = self._scores(fields)
-            gradients = [self.targets[field.members[0]].parameter.grad for field in fields]
-            open_to = [n for n, gradient in enumerate(gradients) if gradient is not None and scores[n] is not None]
-            could = sum(self._pruned[path.fields[n]] for n in open_to)
-            could = min(could, sum(self.fields[path.fields[n]].size for n in open_to) - could)
-            count = min(int(share * min(pruned, path.size - pruned)), could)
-            if count <= 0:
+        grown = [torch.zeros_like(mask) for mask in self._units]
+        for i, field in enumerate(self.fields):
+            [score], is_absolute = self._scores([field])
+            gradient = self._parameter(field.members[0]).grad
+            count = int(share * min(self._pruned[i], field.size - self._pruned[i]))
+            if score is None or gradient is None or count == 0:
                 continue
-            names = [fields[n].name for n in open_to]
-            kept = [self._units[path.fields[n]] for n in open_to]
-            out = select_smallest(
-                [_known(scores[n]) for n in open_to], count, candidates=kept, absolute=is_absolute, names=names
+            kept = self._units[i]
+            gone = ~kept
+            names = [field.name]
+            [dropped] = select_smallest(
+                [score], count, candidates=[kept], absolute=is_absolute, names=names, group=self._group
             )
-            gone = [~mask for mask in kept]
-            dense = [_local(_dense(_known(gradients[n]))) for n in open_to]
-            rest = sum(int(mask.count_nonzero()) for mask in gone) - count
-            stay = select_smallest(dense, rest, candidates=gone, absolute=True, names=names)
-            for n, dropped, was_gone, stays in zip(open_to, out, gone, stay, strict=True):
-                back = was_gone & ~stays
-                self._units[path.fields[n]].logical_and_(~dropped).logical_or_(back)
-                grown[path.fields[n]] = back
-        if grown:
-            self._grown = [grown.get(i, torch.zeros_like(mask)) for i, mask in enumerate(self._units)]
-            self._spread()
-            self.enforce()
+            slopes = sharding.local(_dense(gradient))
+            stay = self._pruned[i] - count
+            [stays] = select_smallest([slopes], stay, candidates=[gone], absolute=True, names=names, group=self._group)
+            grown[i] = gone & ~stays
+            kept.logical_and_(~dropped).logical_or_(grown[i])
+        self._grown = grown
+        self._spread()
+        self.enforce()
 
     # --- enforcing ----------------------------------------------------------------------------------------------------
 
@@ -326,13 +334,13 @@ class Pruner:
         Args:
             parameters: Other tensors of the same shapes to act on, in the targets' order; by default their own.
         """
-        own = [target.parameter for target in self.targets] if parameters is None else list(parameters)
-        self._zero([_local(parameter.detach()) for parameter in own])
+        own = map(self._parameter, range(len(self.targets))) if parameters is None else parameters
+        self._zero([sharding.local(parameter.detach()) for parameter in own])
 
     def clear_gradients(self) -> None:
         """Set the gradients of pruned weights to zero, so that no optimizer gathers momentum there."""
-        gradients = [target.parameter.grad for target in self.targets]
-        self._zero([None if g is None or g.layout != torch.strided else _local(g) for g in gradients])
+        gradients = [self._parameter(i).grad for i in range(len(self.targets))]
+        self._zero([None if g is None or g.layout != torch.strided else sharding.local(g) for g in gradients])
 
     def _zero(self, tensors: Sequence[Tensor | None]) -> None:
         pairs = [
@@ -349,24 +357,40 @@ class Pruner:
             for i, mask in field.spread(units).items():
                 masks[i] = masks[i] & mask if i in masks else mask
         self.masks = [masks[i] for i in range(len(self.targets))]
-        counts = torch.stack([mask.count_nonzero() for mask in [*self._units, *self.masks]]).tolist()
-        lost = [mask.numel() - count for mask, count in zip([*self._units, *self.masks], counts, strict=True)]
-        self._pruned, self._pruned_entries = lost[: len(self.fields)], lost[len(self.fields) :]
+        kept = self._count([*self._units, *self.masks])
+        self._pruned = [field.size - count for field, count in zip(self.fields, kept, strict=False)]
+        self._pruned_entries = [
+            target.parameter.numel() - count
+            for target, count in zip(self.targets, kept[len(self.fields) :], strict=True)
+        ]
+
+    def _count(self, masks: Iterable[Tensor]) -> list[int]:
+        """Return how many entries of masks are True, over all processes that share them."""
+        return sharding.total(torch.stack([mask.count_nonzero() for mask in masks]).tolist(), self._group)
+
+    def _find_group(self) -> None:
+        # A sharded parameter leaves its module while that computes; the optimizer keeps it, and so do we.
+        self._sharded = {i: t.parameter for i, t in enumerate(self.targets) if sharding.is_sharded(t.parameter)}
+        self._group = sharding.group_of((target.name, target.parameter) for target in self.targets)
+
+    def _parameter(self, target: int) -> nn.Parameter:
+        return self._sharded[target] if target in self._sharded else self.targets[target].parameter
 
     def _weight(self, target: int) -> Tensor:
-        return _local(self.targets[target].parameter.detach())
+        return sharding.local(self._parameter(target).detach())
 
     # --- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return the masks as packed bits, the signals, and where the way began: tensors and plain Python only."""
-        names = [field.name for field in self.fields]
         return {
-            "masks": dict(zip(names, map(_packed, self._units), strict=True)),
-            "grown": None if self._grown is None else dict(zip(names, map(_packed, self._grown), strict=True)),
+            "masks": self._packed(self._units),
+            "grown": None if self._grown is None else self._packed(self._grown),
             "signals": {
-                target.name: signal.clone()
-                for target, signal in zip(self.targets, self._signals, strict=True)
+                self.targets[i].name: (
+                    signal if signal.dim() < 2 else sharding.gather(signal, self._parameter(i))
+                ).clone()
+                for i, signal in enumerate(self._signals)
                 if signal is not None
             },
             "start": [path.start for path in self._paths],
@@ -387,36 +411,54 @@ class Pruner:
         for field in self.fields:
             if (found := list(state["masks"][field.name]["shape"])) != list(field.shape):
                 raise ValueError(f"The checkpoint's mask of '{field.name}' has shape {found}, not {list(field.shape)}.")
-
-        def unpacked(packed: Mapping[str, Any]) -> list[Tensor]:
-            out = []
-            for field in self.fields:
-                like = self._weight(field.members[0])
-                empty = torch.empty_like(like, dtype=torch.bool)
-                if empty.shape != torch.Size(field.shape):
-                    empty = torch.empty(field.shape, dtype=torch.bool, device=like.device)
-                out.append(empty.copy_(masking.unpack(packed[field.name]["bits"], field.shape)))
-            return out
-
-        self._units = unpacked(state["masks"])
-        self._grown = None if state["grown"] is None else unpacked(state["grown"])
+        self._find_group()
+        self._units = self._unpacked(state["masks"])
+        self._grown = None if state["grown"] is None else self._unpacked(state["grown"])
         places = {target.name: i for i, target in enumerate(self.targets)}
         self._signals = [None] * len(self.targets)
         for name, signal in state["signals"].items():
-            self._signals[places[name]] = signal.to(self._weight(places[name]).device, copy=True)
+            parameter = self._parameter(places[name])
+            signal = signal.to(parameter.device, copy=True)
+            self._signals[places[name]] = signal if signal.dim() < 2 else sharding.scatter(signal, parameter)
         for path, start in zip(self._paths, state["start"], strict=True):
             path.start = start
         self._updates, self.seed = state["updates"], state["seed"]
         self._spread()
 
+    def _packed(self, masks: Sequence[Tensor]) -> dict[str, Any]:
+        out = {}
+        for field, part in zip(self.fields, masks, strict=True):
+            mask = self._reshaped(field, part, sharding.gather)
+            out[field.name] = {"bits": masking.pack(mask), "shape": list(mask.shape)}
+        return out
 
-def _packed(mask: Tensor) -> dict[str, Any]:
-    return {"bits": masking.pack(mask), "shape": list(mask.shape)}
+    def _unpacked(self, packed: Mapping[str, Any]) -> list[Tensor]:
+        masks = []
+        for field in self.fields:
+            weight = self._weight(field.members[0])
+            mask = masking.unpack(packed[field.name]["bits"], field.shape).to(weight.device)
+            part = self._reshaped(field, mask, sharding.scatter)
+            if part.shape == weight.shape:  # in the weight's memory format
+                part = torch.empty_like(weight, dtype=torch.bool).copy_(part)
+            masks.append(part)
+        return masks
+
+    def _reshaped(self, field: Field, units: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Gather or scatter a mask of units, which lies over the processes as the parameter's entries do."""
+        member = field.members[0]
+        if member not in self._sharded:
+            return units
+        entries = change(field.spread(units)[member], self._sharded[member])
+        return entries if field.is_entries else field.reduce({member: entries.to(torch.float32)}) > 0
 
 
-def _largest(score: Tensor, candidates: Tensor, is_absolute: bool) -> tuple[Tensor, ...]:
+def _largest(score: Tensor, candidates: Tensor, is_absolute: bool) -> tuple[tuple[Tensor, ...], float]:
+    """Return where the largest candidate is, and its score; −∞ where there is none."""
     values = (score.abs() if is_absolute else score).masked_fill(~candidates, -torch.inf)
-    return torch.unravel_index(values.argmax(), values.shape)
+    if not values.numel():
+        return (), -torch.inf
+    place = torch.unravel_index(values.argmax(), values.shape)
+    return place, float(values[place])
 
 
 def _known(value: Tensor | None) -> Tensor:
@@ -426,8 +468,3 @@ def _known(value: Tensor | None) -> Tensor:
 
 def _dense(tensor: Tensor) -> Tensor:
     return tensor.to_dense() if tensor.layout != torch.strided else tensor
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a sharded tensor, and any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
