@@ -20,8 +20,9 @@ from torch import nn
 
 import lightning_compress
 from lightning_compress import registry
+from lightning_compress.example_inputs import ExampleInputs, InputCapture, is_compiled
 from lightning_compress.report import measure, plots
-from lightning_compress.report.measure import ExampleInputs, InputCapture, ParameterCount, StepTimes
+from lightning_compress.report.measure import ParameterCount, StepTimes
 from lightning_compress.training import plain, run_length, steps_done
 
 SCHEMA = 1
@@ -121,7 +122,7 @@ class CompressionReport(Callback):
             run.left_out = f"the parameters are sharded over processes ({type(trainer.strategy).__name__})"
         elif pl_module.example_input_array is not None:
             self._take_example(trainer, pl_module)
-        elif measure.is_compiled(pl_module):
+        elif is_compiled(pl_module):
             run.left_out = _unknown_inputs(pl_module, " of a compiled module")
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -299,7 +300,7 @@ class CompressionReport(Callback):
             "device": str(trainer.strategy.root_device),
             "threads": torch.get_num_threads(),
             "precision": str(trainer.precision),
-            "compiled": any(measure.is_compiled(module) for module in pl_module.modules()),
+            "compiled": any(is_compiled(module) for module in pl_module.modules()),
             "before": self._before.get("latency"),
             "after": after,
         }

@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_compress.report.measure import share, spell_bytes, spell_milliseconds, spell_shape
+from lightning_compress.example_inputs import spell_shape
+from lightning_compress.report.measure import share, spell_bytes, spell_milliseconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

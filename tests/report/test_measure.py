@@ -10,8 +10,9 @@ from torch import nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_compress.example_inputs import ExampleInputs, InputCapture
 from lightning_compress.report import measure
-from lightning_compress.report.measure import ExampleInputs, InputCapture, StepTimes
+from lightning_compress.report.measure import StepTimes
 
 
 class Tied(nn.Module):
