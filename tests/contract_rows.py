@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
 from lightning_compress import CompressionReport, GradualPruning, LearningRateSchedule
 from lightning_compress.modules import clean_name
@@ -53,6 +55,21 @@ def _has_reported(module: LightningModule, callback: Any, trainer: Trainer) -> N
     assert (sum(p["zeros"] for p in matrices), sum(p["total"] for p in matrices)) == zeros(module)
 
 
+def _channels_are_pruned(module: LightningModule, callback: Any, trainer: Trainer) -> None:
+    linears = {clean_name(name): child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    smaller = {
+        clean_name(n): child for n, child in callback.pruned_module.named_modules() if isinstance(child, nn.Linear)
+    }
+    for name, layer in linears.items():
+        # A layer that is tied to an embedding hands its inputs on: what makes them keeps its width.
+        is_free = name == "net.0" or (name == "net.2" and not hasattr(module, "embedding"))
+        gone = (layer.weight == 0).all(1) & (layer.bias == 0)
+        assert int(gone.sum()) == (layer.out_features // 2 if is_free else 0), name
+        assert smaller[name].out_features == layer.out_features - int(gone.sum())
+    x = torch.randn(5, 12, dtype=linears["net.0"].weight.dtype)
+    assert torch.allclose(callback.pruned_module(x), module(x), atol=1e-5)
+
+
 def _connections(criterion: str, **kwargs: Any) -> Row:
     pattern = {} if kwargs.get("granularity") == "2:4" else {"final_sparsity": 0.75}
 
@@ -78,6 +95,16 @@ ROWS = {
     "pruning_random": _connections("random"),
     "pruning_2_4": _connections("activation_weight", granularity="2:4"),
     "pruning_blocks": _connections("gradient", granularity="block:4x1"),
+    "pruning_channels": Row(
+        lambda path: GradualPruning(0.5, granularity="channel", scope="layer", begin=0.1, end=0.7, every=2),
+        _channels_are_pruned,
+    ),
+    "pruning_neurons_by_gradient": Row(
+        lambda path: GradualPruning(
+            0.5, granularity="channel", criterion="gradient_weight", scope="layer", begin=0.1, end=0.65, every=2
+        ),
+        _channels_are_pruned,
+    ),
     "learning_rate": Row(lambda path: LearningRateSchedule(warmup=0.2, decay="cosine"), _has_decayed),
     "report": Row(lambda path: CompressionReport(dir=str(path), plots=False, latency=False), _has_reported),
 }

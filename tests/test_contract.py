@@ -20,6 +20,7 @@ from lightning_compress import LearningRateSchedule
 from tests.contract_rows import ROWS, TOGETHER
 from tests.helpers import (
     BATCHES,
+    FEATURES,
     Crash,
     CrashAt,
     InfiniteGradientAt,
@@ -128,11 +129,13 @@ def test_double_precision(tmp_path: Path, row: Any) -> None:
 )  # Dynamo's own, at graph breaks
 def test_compiled(tmp_path: Path, row: Any) -> None:
     module, callback = seeded(QuietNet), row.make(tmp_path)
+    module.example_input_array = torch.randn(4, FEATURES)  # compiled code does not tell what it receives
     run = trainer(tmp_path, [callback])
     run.fit(torch.compile(module, backend="eager"), StatefulLoader(), held_out())
     row.check(module, callback, run)
 
     inside = seeded(QuietNet)
+    inside.example_input_array = module.example_input_array
     inside.net = torch.compile(inside.net, backend="eager")
     row.check(*fit(tmp_path, row, lambda: inside))
 
@@ -220,6 +223,7 @@ def test_with_averaged_weights(tmp_path: Path, row: Any, average: Any, is_first:
 
 
 @every_row
+@pytest.mark.filterwarnings("ignore:ModelCheckpoint.* may keep an epoch that is not compressed")
 def test_with_lightnings_own_callbacks(tmp_path: Path, row: Any) -> None:
     best = ModelCheckpoint(tmp_path, monitor="val_acc", mode="max", save_last=True)
     stop = EarlyStopping("val_loss", patience=50)

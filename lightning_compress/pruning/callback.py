@@ -16,15 +16,32 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_compress import registry
+from lightning_compress.example_inputs import ExampleInputs, InputCapture, is_compiled
 from lightning_compress.modules import Target, as_patterns, clean_name, select_parameters
 from lightning_compress.moments import Moment, MomentLike, Ramp, number, progress, ramp, refuse_if_after, resolve_span
 from lightning_compress.pruning import sharding
 from lightning_compress.pruning.activations import InputNorms
 from lightning_compress.pruning.allocation import SCOPES
+from lightning_compress.pruning.coupling import ChannelGroup
 from lightning_compress.pruning.granularity import Field, Granularity, element_fields
 from lightning_compress.pruning.importance import CRITERIA, Criterion
 from lightning_compress.pruning.pruner import Group, Pruner
-from lightning_compress.training import callbacks, plain, refuse_sharding, run_length, steps_done
+from lightning_compress.pruning.structure import (
+    find_groups,
+    groups_from_state,
+    groups_to_state,
+    make_fields,
+    smaller_copy,
+)
+from lightning_compress.training import (
+    callbacks,
+    plain,
+    publish_compressed_metrics,
+    refuse_sharding,
+    run_length,
+    steps_done,
+    warn_if_best_is_uncompressed,
+)
 
 CriterionName = Literal["magnitude", "gradient", "gradient_weight", "activation_weight", "movement", "random"]
 
@@ -157,6 +174,13 @@ class GradualPruning(Callback):
         self._span = (0, 0, 1)
         self._has_cleared = False
         self._averaged: list[list[nn.Parameter]] = []
+        self._steps: int | None = None
+        self._has_started = False
+        self._capture: InputCapture | None = None
+        self._structure: list[ChannelGroup] | None = None
+        self._called = ""
+        self._inputs = ExampleInputs()
+        self.pruned_module: nn.Module | None = None
         self._handles: list[Any] = []
 
     @property
@@ -180,39 +204,63 @@ class GradualPruning(Callback):
         self._release(pl_module)
         self._forget()
         refuse_sharding(trainer, self, but_dtensors=not self._granularity.is_structured)
-        if not is_overridden("configure_model", pl_module):
+        if not self._granularity.is_structured and not is_overridden("configure_model", pl_module):
             self._select(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the parameters of a model that ``configure_model`` has only just built."""
-        if self._pruner is None:
+        """Find the parameters of a model that ``configure_model`` has only just built, and its channels or heads."""
+        if self._granularity.is_structured:
+            if pl_module.example_input_array is not None:
+                inputs = ExampleInputs.from_example(pl_module.example_input_array)
+                self._find_structure(trainer, pl_module, "", inputs)
+            elif any(map(is_compiled, pl_module.modules())):
+                raise ValueError(
+                    f"`granularity='{self.granularity}'` needs to know what the model receives, which compiled code "
+                    f"does not tell. Set `example_input_array` in {type(pl_module).__name__}."
+                )
+            else:
+                self._capture = InputCapture(pl_module)
+        elif self._pruner is None:
             self._select(pl_module)
-        if self._norms is not None and _is_compiled(pl_module):
-            # Dynamo overlooks hooks that come after it has compiled a module, or another of the same code.
-            torch.compiler.reset()
-            self._norms.attach()
+        self._attach_if_compiled(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve the moments, make or restore the masks, and watch the optimizers."""
-        pruner = self._running
+        self._is_training = lambda: trainer.training
         sharding.reshard(pl_module)
         run = run_length(trainer)
         begin, end = resolve_span(self.begin, self.end, run)
         self._span = (begin, end, max(self.every.resolve(run, "every"), 1))
+        self._steps = run.steps
+        for optimizer in trainer.optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before_raw_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        if self._restored is not None and "structure" in self._restored:
+            structure = self._restored["structure"]
+            self._called, self._skipped = structure["called"], structure["skipped"]
+            self._inputs = ExampleInputs(tuple(structure["args"]), dict(structure["kwargs"]))
+            self._set_structure(pl_module, groups_from_state(structure["groups"]))
+        elif self._capture is not None:
+            self._take_captured(trainer, pl_module, is_last_chance=False)
+        if self._pruner is not None:
+            self._start(trainer, pl_module)
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pruner = self._running
         if self._restored is not None:
             pruner.load_state_dict(self._restored["pruner"])
             self._last_update = self._restored["last_update"]
             self._last_step, self._delay = self._restored["last_step"], self._restored["delay"]
         else:
             pruner.start()
-        self._is_training = lambda: trainer.training
+        self._has_started = True
         self._averaged = list(_averaged_parameters(trainer, pruner.targets))
         self._enforce_everywhere()
-        for optimizer in trainer.optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_raw_step))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
-        self._announce(run.steps)
+        self._announce(self._steps)
+        warn_if_best_is_uncompressed(trainer)
         self._move(pl_module, steps_done(trainer, pl_module))
+
+    # --- which parameters ---------------------------------------------------------------------------------------------
 
     def _select(self, pl_module: LightningModule) -> None:
         patterns = list(self.final_sparsity) if isinstance(self.final_sparsity, dict) else None
@@ -224,6 +272,36 @@ class GradualPruning(Callback):
         for i, field in enumerate(fields):
             field.members[:] = [i]
         self._make_pruner(pl_module, targets, fields)
+
+    def _take_captured(self, trainer: Trainer, pl_module: LightningModule, *, is_last_chance: bool) -> None:
+        """Find channels or heads from what the model has just been seen to receive."""
+        assert self._capture is not None
+        try:
+            called, inputs = self._capture.result()
+        except ValueError as error:
+            if is_last_chance:
+                raise ValueError(
+                    f"`granularity='{self.granularity}'` needs to know what the model receives, but {error}. "
+                    f"Set `example_input_array` in {type(pl_module).__name__}."
+                ) from None
+            return
+        self._capture.remove()
+        self._capture = None
+        self._find_structure(trainer, pl_module, called, inputs)
+
+    def _find_structure(self, trainer: Trainer, pl_module: LightningModule, called: str, inputs: ExampleInputs) -> None:
+        patterns = list(self.final_sparsity) if isinstance(self.final_sparsity, dict) else None
+        # Ranks see other data: one of them decides.
+        inputs = trainer.strategy.broadcast(inputs.to("cpu"))
+        groups, self._skipped = trainer.strategy.broadcast(
+            find_groups(pl_module, called, inputs, self.include or patterns, self.exclude, self.granularity)
+        )
+        self._called, self._inputs = called, inputs
+        self._set_structure(pl_module, groups)
+
+    def _set_structure(self, pl_module: LightningModule, groups: list[ChannelGroup]) -> None:
+        self._structure = groups
+        self._make_pruner(pl_module, *make_fields(pl_module, groups))
 
     def _make_pruner(self, pl_module: LightningModule, targets: list[Target], fields: list[Field]) -> None:
         self._pruner = Pruner(
@@ -239,6 +317,12 @@ class GradualPruning(Callback):
             scored = {i for field in fields for i in field.scored}
             self._norms = InputNorms({i: targets[i] for i in scored}, lambda: self._is_training())
         registry.register(pl_module, self, [(target.name, target.parameter) for target in targets])
+
+    def _attach_if_compiled(self, pl_module: LightningModule) -> None:
+        if self._norms is not None and any(map(is_compiled, pl_module.modules())):
+            # Dynamo overlooks hooks that come after it has compiled a module, or another of the same code.
+            torch.compiler.reset()
+            self._norms.attach()
 
     def _announce(self, steps: int | None) -> None:
         pruner, (begin, end, every) = self._running, self._span
@@ -275,7 +359,7 @@ class GradualPruning(Callback):
         if self._norms is not None:
             if self._is_watching():
                 self._norms.attach()
-            elif not _is_compiled(pl_module):
+            elif not any(map(is_compiled, pl_module.modules())):
                 self._norms.detach()
 
     def _is_watching(self) -> bool:
@@ -285,6 +369,8 @@ class GradualPruning(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Read the gradients, and clear those of pruned weights before clipping sees them and momentum gathers them."""
+        if not self._has_started:
+            return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._read_gradients(optimizer, is_scaled=scaler is not None)
         self._has_cleared = True
@@ -293,7 +379,7 @@ class GradualPruning(Callback):
         # An optimizer that manual optimization steps without Lightning's wrapper comes only here, with its gradients
         # ready. In all other cases on_before_optimizer_step has been called, or will be within the closure.
         has_closure = any(callable(value) for value in (*args[1:], *kwargs.values()))
-        if not has_closure and not self._has_cleared:
+        if self._has_started and not has_closure and not self._has_cleared:
             self._read_gradients(optimizer, is_scaled=False)
 
     def _read_gradients(self, optimizer: Optimizer, *, is_scaled: bool) -> None:
@@ -313,12 +399,17 @@ class GradualPruning(Callback):
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._has_cleared = False
-        self._running.enforce()
+        if self._has_started:
+            self._running.enforce()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the masks on where an update is due."""
+        if not self._has_started:
+            self._take_captured(trainer, pl_module, is_last_chance=True)
+            self._start(trainer, pl_module)
+            return
         if self._norms is not None and self._norms.is_attached:
             self._take_norms(trainer)
         if self._move(pl_module, steps_done(trainer, pl_module)):
@@ -364,12 +455,18 @@ class GradualPruning(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the sparsity."""
-        self._log(trainer, pl_module, on_step=False, on_epoch=True)
+        if self._has_started:
+            self._log(trainer, pl_module, on_step=False, on_epoch=True)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the sparsity of what is validated, for ``ModelCheckpoint`` and ``EarlyStopping`` to see."""
-        if self._handles:
+        if self._handles and self._has_started:
             self._log(trainer, pl_module, on_step=False, on_epoch=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give ``ModelCheckpoint`` the metrics of fully compressed epochs, as ``compress/<name>``."""
+        if self._handles:
+            publish_compressed_metrics(trainer, pl_module)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool, on_epoch: bool) -> None:
         if trainer.barebones:
@@ -391,8 +488,17 @@ class GradualPruning(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so where the final sparsity was not reached."""
+        if not self._has_started:
+            return
         self._running.enforce()
-        if self.stage() < 1.0:
+        if unknown := sorted(self._running.without_signal):
+            say = rank_zero_warn if self.stage() < 1.0 else rank_zero_info
+            say(
+                f"GradualPruning: nothing was learnt about {', '.join(map(repr, unknown))} in some updates (no gradient, "
+                f"or not called): the criterion has no score for them and they were left alone. The sparsity is "
+                f"{self._running.sparsity:.4g} of {self._running.final_sparsity:.4g}."
+            )
+        elif self.stage() < 1.0:
             rank_zero_warn(
                 f"GradualPruning: the run stopped before `end={self.end}` (step {self._span[1]}): the sparsity is "
                 f"{self._running.sparsity:.4g} instead of {self._running.final_sparsity:.4g}."
@@ -403,6 +509,21 @@ class GradualPruning(Callback):
                 f"GradualPruning: `scope='{self.scope}'` would have emptied {rescued}: the best weight stays. "
                 f"`scope='erk'` or 'layer' spreads the sparsity more evenly."
             )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the smaller module, where channels or heads were pruned."""
+        self.finish(pl_module)
+
+    def finish(self, pl_module: nn.Module) -> None:
+        """Make :attr:`pruned_module`: a copy without the pruned channels or heads, checked against the masked model."""
+        if self._structure is None or not self._has_started or self.pruned_module is not None:
+            return
+        if self._running.sparsity == 0.0:
+            return
+        try:
+            self.pruned_module = smaller_copy(pl_module, self._called, self._inputs, self._structure)
+        except ValueError as error:
+            rank_zero_warn(f"GradualPruning: the pruned {self.granularity}s were not cut out: {error}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hooks behind."""
@@ -418,6 +539,8 @@ class GradualPruning(Callback):
         self._handles = []
         if self._norms is not None:
             self._norms.detach()
+        if self._capture is not None:
+            self._capture.remove()
         self._averaged = []
         self._is_training = lambda: False
         registry.release(pl_module, self)
@@ -428,12 +551,21 @@ class GradualPruning(Callback):
         """Return the masks (packed) and the step of the last update."""
         if self._pruner is None or not self._pruner.masks:
             return self._restored or {}
-        return {
+        state: dict[str, Any] = {
             "pruner": self._pruner.state_dict(),
             "last_update": self._last_update,
             "last_step": self._last_step,
             "delay": self._delay,
         }
+        if self._structure is not None:
+            state["structure"] = {
+                "groups": groups_to_state(self._structure),
+                "called": self._called,
+                "skipped": dict(self._skipped),
+                "args": list(self._inputs.args),
+                "kwargs": dict(self._inputs.kwargs),
+            }
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until training starts."""
@@ -542,12 +674,6 @@ def _groups(
                 f"Its patterns: {', '.join(final_sparsity)}. Add one, '*' for all others."
             )
     return [group for group in groups.values() if group.members]
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return getattr(module, "_compiler_ctx", None) is not None or any(
-        "_orig_mod" in child._modules or child._compiled_call_impl is not None for child in module.modules()
-    )
 
 
 def _known(value: InputNorms | None) -> InputNorms:

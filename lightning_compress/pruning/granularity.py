@@ -18,7 +18,7 @@ from lightning_compress.modules import Target
 from lightning_compress.pruning.masks import initial_mask
 
 if TYPE_CHECKING:
-    from lightning_compress.pruning.removal import ChannelGroup
+    from lightning_compress.pruning.coupling import ChannelGroup
 
 _PATTERN = re.compile(r"([1-9][0-9]*):([1-9][0-9]*)")
 _BLOCK = re.compile(r"block:([1-9][0-9]*)x([1-9][0-9]*)")
@@ -160,44 +160,64 @@ class BlockField(Field):
 
 
 class ChannelField(Field):
-    """Channels or heads: a unit is all that makes one, in every parameter that is coupled to it."""
+    """Channels or heads: a unit is all that makes one, in every parameter that is coupled to it.
+
+    Where several query heads share a key and value head, a unit is one query head of each.
+    """
 
     def __init__(self, group: ChannelGroup, members: Mapping[str, int], shapes: Mapping[str, Sequence[int]]) -> None:
-        super().__init__(group.name, sorted({members[part.name] for part in group.outputs}), (group.units,))
+        every = sorted({members[part.name] for part in group.outputs})
+        super().__init__(group.name, every, (group.units // group.blocks,))
         self.scored = sorted({members[part.name] for part in group.outputs if part.scored})
-        self.group = group
-        self._parts = [(members[part.name], part) for part in group.outputs]
-        self._shapes = {members[name]: tuple(shape) for name, shape in shapes.items() if name in members}
+        self._parts = [
+            (members[part.name], part.dim, _across(part.index, group.blocks), part.scored) for part in group.outputs
+        ]
+        self._shapes = {members[part.name]: tuple(shapes[part.name]) for part in group.outputs}
 
     def reduce(self, scores: Mapping[int, Tensor]) -> Tensor:
         """Return for each unit the sum over its weights; biases and norms do not count."""
-        total: Tensor | None = None
-        for member, part in self._parts:
-            if part.scored:
-                rows = scores[member].movedim(part.dim, 0).flatten(1).sum(1)
-                units = rows[part.index.to(rows.device)].sum(1)
-                total = units if total is None else total + units
-        assert total is not None
-        return total
+        sums = [
+            _rows(scores[member], dim).sum(1)[index.to(scores[member].device)].sum(1)
+            for member, dim, index, is_scored in self._parts
+            if is_scored
+        ]
+        return torch.stack(sums).sum(0)
 
     def spread(self, mask: Tensor) -> dict[int, Tensor]:
         """Return the masks of the parameters; what a parameter has outside of the units is kept."""
         out: dict[int, Tensor] = {}
-        for member, part in self._parts:
+        for member, dim, index, _ in self._parts:
             shape = self._shapes[member]
-            rows = torch.ones(shape[part.dim], dtype=torch.bool, device=mask.device)
-            rows[part.index.to(mask.device)[~mask].reshape(-1)] = False
-            entries = rows.reshape([-1 if d == part.dim else 1 for d in range(len(shape))]).expand(shape)
+            rows = torch.ones(shape[dim], dtype=torch.bool, device=mask.device)
+            rows[index.to(mask.device)[~mask].reshape(-1)] = False
+            entries = rows.reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
             out[member] = out[member] & entries if member in out else entries.contiguous()
         return out
 
     def initial(self, weights: Mapping[int, Tensor]) -> Tensor:
-        """Return the mask of the units of which nothing is left."""
-        alive = torch.zeros(self.shape, dtype=torch.bool, device=next(iter(weights.values())).device)
-        for member, part in self._parts:
-            rows = (weights[member] != 0).movedim(part.dim, 0).flatten(1).any(1)
-            alive |= rows[part.index.to(rows.device)].any(1)
-        return alive
+        """Return the mask of the units of which something is left."""
+        alive = [
+            _rows(weights[member] != 0, dim).any(1)[index.to(weights[member].device)].any(1)
+            for member, dim, index, _ in self._parts
+        ]
+        return torch.stack(alive).any(0)
+
+
+def _rows(tensor: Tensor, dim: int) -> Tensor:
+    """Return a tensor as a matrix whose rows lie along `dim`."""
+    return tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1)
+
+
+def _across(index: Tensor, blocks: int) -> Tensor:
+    """Return the places of units of which each takes one of every block.
+
+    Example::
+
+        >>> _across(torch.tensor([[0], [1], [2], [3]]), 2).tolist()
+        [[0, 2], [1, 3]]
+    """
+    width = index.shape[1]
+    return index.reshape(blocks, -1, width).transpose(0, 1).reshape(-1, blocks * width)
 
 
 def element_fields(granularity: Granularity, targets: Sequence[Target]) -> tuple[list[Field], dict[str, str]]:
