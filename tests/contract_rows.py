@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lightning_compress import CompressionReport, GradualPruning, LearningRateSchedule
+from lightning_compress import AccuracyGuard, CompressionReport, GradualPruning, LearningRateSchedule
 from lightning_compress.modules import clean_name
 from tests.helpers import zeros
 
@@ -24,10 +24,12 @@ class Row:
     Args:
         make: Returns a new callback; it may write into the folder that it is given.
         check: Raises where the end of a run is not what the callback promises.
+        is_alone: Whether the callback has a use without the others.
     """
 
     make: Callable[[Path], Callback]
     check: Callable[[LightningModule, Any, Trainer], None]
+    is_alone: bool = True
 
 
 def _is_pruned(module: LightningModule, callback: Any, trainer: Trainer) -> None:
@@ -105,9 +107,16 @@ ROWS = {
         ),
         _channels_are_pruned,
     ),
+    "guard": Row(
+        lambda path: AccuracyGuard("val_acc", tolerance=0.9, action="rollback"),
+        lambda module, callback, trainer: None,
+        is_alone=False,
+    ),
     "learning_rate": Row(lambda path: LearningRateSchedule(warmup=0.2, decay="cosine"), _has_decayed),
     "report": Row(lambda path: CompressionReport(dir=str(path), plots=False, latency=False), _has_reported),
 }
 
+ALONE = {name: row for name, row in ROWS.items() if row.is_alone}
+
 # One of each class, for the runs that have all of them.
-TOGETHER = ("pruning", "learning_rate", "report")
+TOGETHER = ("pruning", "learning_rate", "report", "guard")

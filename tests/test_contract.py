@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 
 from lightning_compress import LearningRateSchedule
-from tests.contract_rows import ROWS, TOGETHER
+from tests.contract_rows import ALONE, ROWS, TOGETHER
 from tests.helpers import (
     BATCHES,
     FEATURES,
@@ -42,7 +42,7 @@ from tests.helpers import (
     zeros,
 )
 
-every_row = pytest.mark.parametrize("row", list(ROWS.values()), ids=list(ROWS))
+every_row = pytest.mark.parametrize("row", list(ALONE.values()), ids=list(ALONE))
 STEPS = 4 * BATCHES
 
 
@@ -61,7 +61,7 @@ def fit(tmp_path: Path, row: Any, make: Any = Net, callbacks: Any = (), **kwargs
         (TwoOptimizerNet, 22),
     ],
 )
-@pytest.mark.parametrize("name", ["none", *ROWS, "all", "all_saved_first"])
+@pytest.mark.parametrize("name", ["none", *ALONE, "all", "all_saved_first"])
 def test_resumes_bit_identically(tmp_path: Path, name: str, step: int, make: Any) -> None:
     def callbacks(extra: list[Callback]) -> list[Callback]:
         names = {"none": [], "all": TOGETHER, "all_saved_first": TOGETHER}.get(name, [name])
@@ -274,6 +274,6 @@ def test_two_processes(tmp_path: Path) -> None:
         capture_output=True,
     )
     results = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    assert set(results[0]) == {*ROWS, "all", "resumed"}
+    assert set(results[0]) == {*ALONE, "all", "resumed"}
     assert same(results[0], results[1])
     assert same(results[0]["all"], results[0]["resumed"])

@@ -494,8 +494,8 @@ class GradualPruning(Callback):
         if unknown := sorted(self._running.without_signal):
             say = rank_zero_warn if self.stage() < 1.0 else rank_zero_info
             say(
-                f"GradualPruning: nothing was learnt about {', '.join(map(repr, unknown))} in some updates (no gradient, "
-                f"or not called): the criterion has no score for them and they were left alone. The sparsity is "
+                f"GradualPruning: nothing was learnt about {', '.join(map(repr, unknown))} in some updates "
+                f"(no gradient, or not called): without a score they were left alone. The sparsity is "
                 f"{self._running.sparsity:.4g} of {self._running.final_sparsity:.4g}."
             )
         elif self.stage() < 1.0:
