@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -68,6 +69,18 @@ class ExampleInputs:
             return leaf.detach()[torch.arange(size, device=leaf.device) % batch]
 
         return ExampleInputs(tree_map(resize, self.args), tree_map(resize, self.kwargs))
+
+    def for_forward(self, module: nn.Module) -> Any:
+        """Return the inputs as one value: a tuple of positional arguments, or a dict where some go by keyword.
+
+        Example::
+
+            >>> ExampleInputs((1,), {"input2": 2}).for_forward(nn.Bilinear(1, 1, 1))
+            {'input1': 1, 'input2': 2}
+        """
+        if not self.kwargs:
+            return self.args
+        return dict(inspect.signature(module.forward).bind(*self.args, **self.kwargs).arguments)
 
     def to(self, device: torch.device | str) -> ExampleInputs:
         """Return the same inputs on another device."""

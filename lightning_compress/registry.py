@@ -104,6 +104,20 @@ def can_roll_back(module: nn.Module) -> bool:
     return any(getattr(technique, "can_roll_back", False) for technique in techniques(module))
 
 
+def smaller_module(module: nn.Module) -> nn.Module | None:
+    """Return the physically smaller module that a technique has made of a trained one, ``None`` where there is none.
+
+    A technique that cuts something out has a method ``finish(module)`` that makes it and an attribute `pruned_module`.
+    """
+    made = []
+    for technique in techniques(module):
+        if (finish := getattr(technique, "finish", None)) is not None:
+            finish(module)
+            made.append(getattr(technique, "pruned_module", None))
+    modules = [smaller for smaller in made if smaller is not None]
+    return min(modules, key=lambda smaller: sum(p.numel() for p in smaller.parameters()), default=None)
+
+
 def techniques(module: nn.Module) -> list[Technique]:
     """Return the techniques that act on a module, in the order in which they registered."""
     entry = _entries.get(module)

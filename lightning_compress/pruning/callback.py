@@ -327,14 +327,11 @@ class GradualPruning(Callback):
     def _announce(self, steps: int | None) -> None:
         pruner, (begin, end, every) = self._running, self._span
         names = list(dict.fromkeys(pruner.targets[field.scored[0]].module_name for field in pruner.fields))
-        what = {"weight": "weights", "pattern": "weights", "block": "blocks"}.get(
-            self._granularity.kind, f"{self.granularity}s"
-        )
         listed = ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])}, …, {names[-1]}"
         start = f" from {pruner.sparsity:.4g}" if pruner.sparsity else ""
         rank_zero_info(
-            f"GradualPruning: {pruner.total:,} {what} of {len(names)} layers ({listed}){start} to a sparsity of "
-            f"{pruner.final_sparsity:.4g} ({self._spell_criterion()}, {self.granularity}, {self.scope}), "
+            f"GradualPruning: {pruner.total:,} {self._units()} of {len(names)} layers ({listed}){start} to a sparsity "
+            f"of {pruner.final_sparsity:.4g} ({self._spell_criterion()}, {self.granularity}, {self.scope}), "
             f"from step {begin} to step {end}, every {every}."
         )
         if self._skipped:
@@ -581,7 +578,7 @@ class GradualPruning(Callback):
         """Return one line that says what was pruned."""
         pruner = self._running
         return (
-            f"{pruner.sparsity:.4g} of {pruner.total:,} weights in {len(pruner.targets)} layers pruned "
+            f"{pruner.sparsity:.4g} of {pruner.total:,} {self._units()} in {len(pruner.fields)} layers pruned "
             f"(target {pruner.final_sparsity:.4g}; {self._spell_criterion()}, {self.granularity}, {self.scope})"
         )
 
@@ -606,6 +603,11 @@ class GradualPruning(Callback):
         self._last_update = state["update"]
         self._delay = self._last_step - state["ramp"]
         self._enforce_everywhere()
+
+    def _units(self) -> str:
+        return {"weight": "weights", "pattern": "weights", "block": "blocks"}.get(
+            self._granularity.kind, f"{self.granularity}s"
+        )
 
     def _spell_criterion(self) -> str:
         return self.criterion if isinstance(self.criterion, str) else "own criterion"

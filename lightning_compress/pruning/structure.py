@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -24,7 +23,7 @@ class _Called(nn.Module):
         self._name = name
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._modules[self._name](*args, **kwargs)  # type: ignore[misc]
+        return self.get_submodule(self._name)(*args, **kwargs)
 
 
 def find_groups(
@@ -51,7 +50,11 @@ def find_groups(
     whole = _Called(module, called) if called else module
     kind = cast(Literal["channel", "head"], kind)
     groups, refused = channel_groups(
-        whole, _example(module, called, inputs), include=include, exclude=exclude, kind=kind
+        whole,
+        inputs.for_forward(module.get_submodule(called) if called else module),
+        include=include,
+        exclude=exclude,
+        kind=kind,
     )
     groups = [group for group in groups if group.units // group.blocks > 1]
     if not groups:
@@ -87,7 +90,7 @@ def smaller_copy(module: nn.Module, called: str, inputs: ExampleInputs, groups: 
     for parameter, own in zip(smaller.parameters(), module.parameters(), strict=True):
         parameter.requires_grad_(own.requires_grad)
     whole = _Called(smaller, called) if called else smaller
-    remove_pruned_channels(whole, _example(smaller, called, inputs), groups=groups)
+    remove_pruned_channels(whole, inputs.for_forward(module.get_submodule(called) if called else module), groups=groups)
     if called:
         smaller.set_submodule(called, whole.get_submodule(called))
     return smaller
@@ -118,11 +121,3 @@ def groups_from_state(state: Sequence[Mapping[str, Any]]) -> list[ChannelGroup]:
         )
         for group in state
     ]
-
-
-def _example(module: nn.Module, called: str, inputs: ExampleInputs) -> Any:
-    """Return inputs as removal takes them: positional ones as a tuple, or all by keyword."""
-    if not inputs.kwargs:
-        return inputs.args
-    forward = module.get_submodule(called).forward if called else module.forward
-    return dict(inspect.signature(forward).bind(*inputs.args, **inputs.kwargs).arguments)

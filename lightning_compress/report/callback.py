@@ -21,6 +21,7 @@ from torch import nn
 import lightning_compress
 from lightning_compress import registry
 from lightning_compress.example_inputs import ExampleInputs, InputCapture, is_compiled
+from lightning_compress.pruning.removal import profile
 from lightning_compress.report import measure, plots
 from lightning_compress.report.measure import ParameterCount, StepTimes
 from lightning_compress.training import plain, run_length, steps_done
@@ -195,6 +196,7 @@ class CompressionReport(Callback):
             "metrics": _metrics(trainer),
             "size": self._size_figures(trainer, pl_module),
             "latency": self._latency_figures(trainer, pl_module),
+            "removed": self._removed_figures(trainer, pl_module),
             "checkpoints": list(_checkpoints(trainer, counts, techniques, sparsity)),
             "history": self._history,
         }
@@ -305,6 +307,25 @@ class CompressionReport(Callback):
             "after": after,
         }
 
+    def _removed_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] | None:
+        """Compare the masked model with the one from which its channels or heads are cut out."""
+        smaller = registry.smaller_module(pl_module)
+        if smaller is None:
+            return None
+        run, figures = self._running, {}
+        for key, module in (("masked", pl_module), ("cut", smaller)):
+            work, latency = None, None
+            if run.inputs is not None:
+                work = _multiply_adds(module.get_submodule(run.inputs_of), run.inputs.resized(1))
+                latency = self._measure(trainer, pl_module, module)
+            figures[key] = {
+                "parameters": sum(parameter.numel() for parameter in module.parameters()),
+                "bytes": measure.file_size(module.state_dict(), deflate=False).stored,
+                "multiply_adds": work,
+                "latency": latency,
+            }
+        return figures
+
     # --- latency ------------------------------------------------------------------------------------------------------
 
     def _watch(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -346,20 +367,21 @@ class CompressionReport(Callback):
             self._before["latency"] = measure.plain_value(self._measure(trainer, pl_module))
             self._before["inputs"] = run.inputs.describe()
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, other: nn.Module | None = None) -> dict[str, Any]:
         run, precision, device = self._running, trainer.precision_plugin, trainer.strategy.root_device
         assert run.inputs is not None
         inputs = run.inputs.map(precision.convert_input)
         inputs = ExampleInputs(*move_data_to_device((inputs.args, inputs.kwargs), device))
-        module = pl_module.get_submodule(run.inputs_of)
+        whole = pl_module if other is None else other
+        module = whole.get_submodule(run.inputs_of)
         found_on = pl_module.device  # at the end of a fit, Lightning has moved the model to the CPU
         if found_on != device:
-            pl_module.to(device)
+            whole.to(device)
         try:
             return measure.measure_latencies(module, inputs, device, precision.forward_context)
         finally:
             if found_on != device:
-                pl_module.to(found_on)
+                whole.to(found_on)
 
     @property
     def _running(self) -> _Run:
@@ -450,6 +472,13 @@ def _row(count: ParameterCount, techniques: Iterable[Mapping[str, Any]]) -> dict
 
 def _metrics(trainer: Trainer) -> dict[str, float | None]:
     return {name: measure.plain_value(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _multiply_adds(module: nn.Module, inputs: ExampleInputs) -> int | None:
+    try:
+        return profile(module, inputs.for_forward(module)).multiply_adds
+    except ValueError:
+        return None
 
 
 def _checkpoints(

@@ -455,6 +455,8 @@ def verdict(figures: Mapping[str, Any]) -> list[str]:
         sentences.append(f"{sentence}.")
     elif removed <= 0 and not figures.get("techniques"):
         sentences.append("Nothing was compressed: no technique acted on this model.")
+    if cut := figures.get("removed"):
+        sentences.append(_spell_removed(cut["masked"], cut["cut"]))
     rows = figures.get("parameters", ())
     if any(_is_claimed(row) for row in rows):
         alone = [row for row in rows if len(row["shape"]) > 1 and not _is_claimed(row)]
@@ -463,6 +465,18 @@ def verdict(figures: Mapping[str, Any]) -> list[str]:
             total = sum(row["total"] for row in alone)
             sentences.append(f"Not made sparse, {total:,} values: {', '.join(names)}.")
     return sentences
+
+
+def _spell_removed(masked: Mapping[str, Any], cut: Mapping[str, Any]) -> str:
+    parts = [f"{cut['parameters']:,} of {masked['parameters']:,} parameters", f"a file of {spell_bytes(cut['bytes'])}"]
+    if masked["multiply_adds"] and cut["multiply_adds"]:
+        parts.append(f"{cut['multiply_adds']:,} of {masked['multiply_adds']:,} multiply-adds")
+    for batch, measured in (cut["latency"] or {}).items():
+        before = masked["latency"][batch]
+        if measured["ms"] and before["ms"]:
+            times = f"{spell_milliseconds(measured['ms'])} instead of {spell_milliseconds(before['ms'])}"
+            parts.append(f"at batch {batch} {times} ({before['ms'] / measured['ms']:.2g} ×)")
+    return f"With the pruned units really cut out (`pruned_module`): {', '.join(parts)}."
 
 
 def _is_claimed(row: Mapping[str, Any]) -> bool:
