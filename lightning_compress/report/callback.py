@@ -471,7 +471,10 @@ def _row(count: ParameterCount, techniques: Iterable[Mapping[str, Any]]) -> dict
 
 
 def _metrics(trainer: Trainer) -> dict[str, float | None]:
-    return {name: measure.plain_value(value) for name, value in trainer.callback_metrics.items()}
+    found = trainer.callback_metrics
+    # Not the copies, as `compress/<name>`, that ModelCheckpoint is given of metrics.
+    own = [name for name in found if not (name.startswith("compress/") and name.removeprefix("compress/") in found)]
+    return {name: measure.plain_value(found[name]) for name in own}
 
 
 def _multiply_adds(module: nn.Module, inputs: ExampleInputs) -> int | None:

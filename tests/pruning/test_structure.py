@@ -236,10 +236,13 @@ def test_smaller_module_is_saved_loaded_and_trained_on(tmp_path: Any) -> None:
         for state in run.optimizers[0].state[parameter].values()
         if state.dim()
     )
-    before = module.training_step(next(iter(held_out())), 0).item()
+    module.train()
+    batch = next(iter(StatefulLoader()))
+    before = module.training_step(batch, 0).item()
     again = trainer(tmp_path, [GradualPruning(0.5, end=0.3)])
     again.fit(module, StatefulLoader(), held_out())
-    assert module.training_step(next(iter(held_out())), 0).item() < before
+    module.train()
+    assert module.training_step(batch, 0).item() < before
     assert masked["net.stem.weight"].shape[0] == 2 * module.net.stem.out_channels
 
 

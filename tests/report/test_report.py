@@ -330,6 +330,7 @@ class Worsening(Net):
         self.log("score", 1.0 - pruned / total / 2)
 
 
+@pytest.mark.filterwarnings("ignore:ModelCheckpoint.* may keep an epoch that is not compressed")
 def test_the_best_checkpoint_is_said_to_be_dense(tmp_path, capsys):
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", monitor="score", mode="max")
     pruning = GradualPruning(0.95, begin=0.4, end=0.8, every=1)
