@@ -84,7 +84,8 @@ class GradualPruning(Callback):
         include: Patterns on the names of the modules to prune; by default all linear, convolutional, attention and
             recurrent ones. A name without wildcards is taken whatever its type is.
         exclude: Patterns on the names of modules to leave alone.
-        parameters: Which of a module's parameters: ``("weight",)``, or ``("weight", "bias")`` for biases too.
+        parameters: Which of a module's parameters: ``("weight",)``, or ``("weight", "bias")`` for biases too. Channels
+            and heads take along all that belongs to them.
 
     Raises:
         ValueError: For a value out of its range, a pattern that matches nothing, a parameter that another pruning
@@ -157,6 +158,11 @@ class GradualPruning(Callback):
         self.include = as_patterns(plain(include), "include")
         self.exclude = as_patterns(plain(exclude), "exclude")
         self.parameters = as_patterns(plain(parameters), "parameters") or ("weight",)
+        if self._granularity.is_structured and self.parameters != ("weight",):
+            raise ValueError(
+                f"`parameters={parameters!r}` names single parameters; `granularity={granularity!r}` takes all that "
+                f"belong to a {granularity}, biases and norms included: leave it out."
+            )
         self._ramp = ramp(schedule)
         self._forget()
 

@@ -285,6 +285,7 @@ class _Coupling:
         self.stuck: dict[str, str] = {}  # layers whose channels reach a place that has no rule, and which
         self.returned: set[str] = set()
         self.walked: set[tuple[str, int]] = set()
+        self.widest = max((_channels(layer, side) for layer in layers.values() for side in ("in", "out")), default=0)
 
     def findings(self) -> Findings:
         found = Findings()
@@ -307,6 +308,8 @@ class _Coupling:
         stack = [(self.graph.module2node[module], pruner.prune_out_channels, [_Pair(c, c) for c in range(count)])]
         chunks: dict[tuple[int, int], tuple[str, str, int]] = {}
         seen: set[tuple[int, bool, int, int]] = set()
+        # Each place sees each channel about once. Where wrong offsets go round a cycle, there is no end to it.
+        most = 8 * len(self.graph.module2node) * count + 16 * max(self.widest, count)
         while stack:
             node, handler, pairs = stack.pop()
             own = self.graph.get_pruner_of_module(node.module)
@@ -323,6 +326,10 @@ class _Coupling:
             if not fresh:
                 continue
             self._record(name, node, is_input, fresh, chunks)
+            if len(seen) > most:
+                self.stuck[name] = "its channels are split or joined in a way that has no rule"
+            if name in self.stuck:
+                return
             for dependency in node.dependencies:
                 if dependency.is_triggered_by(handler):
                     moved = fresh

@@ -554,7 +554,7 @@ def _check(model: nn.Module, inputs: _Inputs, gone: Mapping[ChannelGroup, Tensor
     names = _list([group.name for group in alone or gone])
     raise ValueError(
         f"The channels or heads of {names} that are zero cannot be cut out: {reason}. The module was not changed; "
-        f"leave these layers out by `exclude`, or give the `groups` to cut."
+        f"give the `groups` without them to cut the rest."
     )
 
 
@@ -658,26 +658,35 @@ def _undisturbed() -> Iterator[None]:
     on_gpu = torch.cuda.is_initialized()
     state, numpy = random.getstate(), sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    is_fast, precision = torch.backends.mha.get_fastpath_enabled(), torch.get_float32_matmul_precision()
+    is_fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.callback(random.setstate, state)
         if numpy is not None:
             stack.callback(numpy.random.set_state, numpy_state)
         stack.callback(torch.backends.mha.set_fastpath_enabled, is_fast)
         torch.backends.mha.set_fastpath_enabled(False)  # it calls no submodule, and takes whole attention only
-        if precision != "highest":
-            stack.callback(torch.set_float32_matmul_precision, precision)
-            torch.set_float32_matmul_precision("highest")
+        for place, switch, value in _precision_switches():
+            stack.callback(setattr, place, switch, getattr(place, switch))
+            setattr(place, switch, value)
         stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else ()))
         for context in (torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False)):
             stack.enter_context(context)
         if on_gpu:
             stack.enter_context(torch.autocast("cuda", enabled=False))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         _seed()
         yield
+
+
+def _precision_switches() -> list[tuple[Any, str, Any]]:
+    """Return what computes float32 in TF32 or bfloat16, and the value with which it does not."""
+    backends: Any = torch.backends
+    cuda, cudnn, mkldnn = backends.cuda.matmul, backends.cudnn, backends.mkldnn
+    if hasattr(cuda, "fp32_precision"):
+        operations = (cuda, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+        return [(operation, "fp32_precision", "ieee") for operation in operations]
+    return [(cuda, "allow_tf32", False), (cudnn, "allow_tf32", False)]  # before torch 2.9
 
 
 def _seed() -> None:

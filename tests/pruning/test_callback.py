@@ -261,6 +261,7 @@ def test_momentum_cannot_revive_a_weight(tmp_path: Any) -> None:
         ({"granularity": "4:2"}, ValueError, "`granularity`"),
         ({"granularity": "2:4", "final_sparsity": 0.7}, ValueError, "has a sparsity of 0.5"),
         ({"granularity": "2:4", "scope": "erk"}, ValueError, "`scope='erk'`"),
+        ({"granularity": "channel", "parameters": ["weight", "bias"]}, ValueError, "`parameters="),
         ({"regrowth": 1.0}, ValueError, "`regrowth`"),
         ({"regrowth": 0.2, "granularity": "2:4"}, ValueError, "`regrowth=0.2`"),
         ({"granularity": "column"}, ValueError, "`granularity`"),
