@@ -112,7 +112,7 @@ def select_parameters(
     del modules[""]
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or ():
-            _refuse_if_no_match(pattern, modules, argument)
+            refuse_if_no_match(pattern, modules, argument)
 
     taken: dict[int, Target] = {}
     excluded: set[int] = set()
@@ -194,7 +194,8 @@ def _is_kind(attribute: str, kinds: Sequence[str]) -> bool:
     return any(fnmatchcase(attribute, kind) or kind in attribute.split("_") for kind in kinds)
 
 
-def _refuse_if_no_match(pattern: str, modules: dict[str, nn.Module], argument: str) -> None:
+def refuse_if_no_match(pattern: str, modules: dict[str, nn.Module], argument: str) -> None:
+    """Raise ``ValueError`` where a pattern matches none of the names of modules, with the closest of them."""
     if any(fnmatchcase(name, pattern) for name in modules):
         return
     close = difflib.get_close_matches(pattern, modules, n=3, cutoff=0.4)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress.modules import _refuse_if_no_match, clean_name
+from lightning_compress.modules import refuse_if_no_match, clean_name
 from lightning_compress.pruning.coupling import (
     Attention,
     ChannelGroup,
@@ -94,7 +94,7 @@ def channel_groups(
     modules = {clean_name(name): child for name, child in module.named_modules(remove_duplicate=False)}
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or ():
-            _refuse_if_no_match(pattern, modules, argument)
+            refuse_if_no_match(pattern, modules, argument)
 
     chosen = _Selection(include, exclude)
     with _undisturbed():

@@ -87,13 +87,16 @@ def smaller_copy(module: nn.Module, called: str, inputs: ExampleInputs, groups: 
         ValueError: If it would not.
     """
     smaller = _copy(module)
-    for parameter, own in zip(smaller.parameters(), module.parameters(), strict=True):
-        parameter.requires_grad_(own.requires_grad)
     whole = _Called(smaller, called) if called else smaller
     remove_pruned_channels(whole, inputs.for_forward(module.get_submodule(called) if called else module), groups=groups)
     if called:
         smaller.set_submodule(called, whole.get_submodule(called))
-    return smaller
+    # The copy is in eval mode and float32, so that it can be tried; what comes back is as the module is.
+    for parameter, own in zip(smaller.parameters(), module.parameters(), strict=True):
+        parameter.requires_grad_(own.requires_grad).data = parameter.data.to(own.dtype)
+    for copied, own in zip(smaller.buffers(), module.buffers(), strict=True):
+        copied.data = copied.data.to(own.dtype)
+    return smaller.train(module.training)
 
 
 def groups_to_state(groups: Sequence[ChannelGroup]) -> list[dict[str, Any]]:
