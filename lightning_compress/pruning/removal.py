@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress.modules import refuse_if_no_match, clean_name
+from lightning_compress.modules import clean_name, refuse_if_no_match
 from lightning_compress.pruning.coupling import (
     Attention,
     ChannelGroup,
