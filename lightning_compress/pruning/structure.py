@@ -92,10 +92,9 @@ def smaller_copy(module: nn.Module, called: str, inputs: ExampleInputs, groups: 
     if called:
         smaller.set_submodule(called, whole.get_submodule(called))
     # The copy is in eval mode and float32, so that it can be tried; what comes back is as the module is.
-    for parameter, own in zip(smaller.parameters(), module.parameters(), strict=True):
-        parameter.requires_grad_(own.requires_grad).data = parameter.data.to(own.dtype)
-    for copied, own in zip(smaller.buffers(), module.buffers(), strict=True):
-        copied.data = copied.data.to(own.dtype)
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, tensor in (*smaller.named_parameters(), *smaller.named_buffers()):
+        tensor.requires_grad_(own[name].requires_grad).data = tensor.data.to(own[name].dtype)
     return smaller.train(module.training)
 
 
