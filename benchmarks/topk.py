@@ -18,11 +18,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import NormalDist
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lightning_compress.pruning.topk import select_smallest
 

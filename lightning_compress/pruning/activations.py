@@ -188,4 +188,6 @@ _ATTENTION = inspect.signature(nn.functional.multi_head_attention_forward)
 @torch.no_grad()
 def _squares(x: Tensor, dim: int) -> Tensor:
     """Sum the squares over all dimensions but one; what is not finite does not count."""
-    return x.detach().float().movedim(dim, 0).flatten(1).square().sum(1).nan_to_num(0.0, 0.0, 0.0)
+    x = x.detach().float()
+    others = [d for d in range(x.dim()) if d != dim % x.dim()]
+    return x.square().sum(others).nan_to_num(0.0, 0.0, 0.0)

@@ -164,6 +164,14 @@ class GradualPruning(Callback):
                 f"belong to a {granularity}, biases and norms included: leave it out."
             )
         self._ramp = ramp(schedule)
+        # Lightning asks for it at every hook.
+        self._state_key = self._generate_state_key(
+            include=self.include,
+            exclude=self.exclude,
+            parameters=self.parameters,
+            final_sparsity=list(self.final_sparsity) if isinstance(self.final_sparsity, dict) else None,
+            granularity=self.granularity,
+        )
         self._forget()
 
     def _forget(self) -> None:
@@ -192,14 +200,7 @@ class GradualPruning(Callback):
     @property
     def state_key(self) -> str:
         """Tell callbacks on disjoint modules apart, by the patterns that they were given."""
-        patterns = list(self.final_sparsity) if isinstance(self.final_sparsity, dict) else None
-        return self._generate_state_key(
-            include=self.include,
-            exclude=self.exclude,
-            parameters=self.parameters,
-            final_sparsity=patterns,
-            granularity=self.granularity,
-        )
+        return self._state_key
 
     # --- before training ----------------------------------------------------------------------------------------------
 

@@ -19,6 +19,8 @@ from lightning_compress.pruning.granularity import Field
 from lightning_compress.pruning.importance import Criterion
 from lightning_compress.pruning.topk import select_smallest
 
+_FEW = 2**20  # up to so many weights, masks of four bytes a weight may save time at every step
+
 
 @dataclass
 class Group:
@@ -84,6 +86,7 @@ class Pruner:
     ) -> None:
         self.targets, self.fields, self.seed = list(targets), list(fields), seed
         self.masks: list[Tensor] = []  # of the targets' entries
+        self._fast_masks: list[Tensor] = []  # the same, in the form in which they are enforced
         self.surplus = 0
         self.rescued: set[str] = set()
         self.without_signal: set[str] = set()
@@ -345,7 +348,7 @@ class Pruner:
     def _zero(self, tensors: Sequence[Tensor | None]) -> None:
         pairs = [
             (tensor, mask)
-            for tensor, mask, pruned in zip(tensors, self.masks, self._pruned_entries, strict=True)
+            for tensor, mask, pruned in zip(tensors, self._fast_masks, self._pruned_entries, strict=True)
             if tensor is not None and pruned
         ]
         masking.zero_pruned_([tensor for tensor, _ in pairs], [mask for _, mask in pairs])
@@ -357,6 +360,9 @@ class Pruner:
             for i, mask in field.spread(units).items():
                 masks[i] = masks[i] & mask if i in masks else mask
         self.masks = [masks[i] for i in range(len(self.targets))]
+        self._fast_masks = self.masks
+        if sum(mask.numel() for mask in self.masks) <= _FEW:
+            self._fast_masks = [masking.as_bits(mask, self._weight(i).dtype) for i, mask in enumerate(self.masks)]
         kept = self._count([*self._units, *self.masks])
         self._pruned = [field.size - count for field, count in zip(self.fields, kept, strict=False)]
         self._pruned_entries = [

@@ -14,7 +14,7 @@ from lightning_compress.modules import select_parameters
 from lightning_compress.pruning.allocation import SCOPES, erk_shares
 from lightning_compress.pruning.granularity import Granularity, element_fields
 from lightning_compress.pruning.importance import CRITERIA
-from lightning_compress.pruning.masks import free_surplus_, initial_mask, pack, unpack, zero_pruned_
+from lightning_compress.pruning.masks import as_bits, free_surplus_, initial_mask, pack, unpack, zero_pruned_
 from lightning_compress.pruning.pruner import Group, Pruner
 
 CASE_4 = [(16, 3, 3, 3), (32, 16, 3, 3), (32, 16, 1, 1), (64, 32, 3, 3), (10, 64)]
@@ -44,7 +44,10 @@ def test_zero_pruned(dtype: torch.dtype, memory_format: torch.memory_format) -> 
     mask = (torch.rand(weight.shape) < 0.5).contiguous(memory_format=memory_format)
     mask[:3, 0, 0, 0] = False
     expected = torch.where(mask, weight, torch.zeros((), dtype=dtype))
+    other = weight.clone(memory_format=torch.preserve_format)
+    zero_pruned_([other], [as_bits(mask, dtype)])
     zero_pruned_([weight], [mask])
+    assert torch.equal(weight, other)
     assert torch.equal(weight, expected)
     assert not torch.signbit(weight[~mask]).any()
 
