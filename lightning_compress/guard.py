@@ -7,6 +7,7 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -586,8 +587,8 @@ def _finite(value: object, name: str, low: float) -> float:
 
 
 def _count(value: object, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be an int of 1 or more, got {value!r} of type {type(value).__name__}.")
     if value < 1:
         raise ValueError(f"`{name}` must be 1 or more, got {value!r}.")
-    return value
+    return int(value)

@@ -173,7 +173,7 @@ def _own_parameters(name: str, module: nn.Module, kinds: Sequence[str]) -> list[
         is_vector = parameter.dim() < 2
         if is_vector and "bias" not in attribute:
             continue
-        if not torch.is_floating_point(parameter):
+        if not torch.is_floating_point(parameter) or not parameter.numel():
             continue
         found.append((attribute, parameter))
     return found

@@ -163,6 +163,8 @@ def resolve_span(
         ValueError: If the begin comes after the end, as ``begin=0.5`` and ``end=1`` (step 1) do in a long run.
     """
     first, last = begin.resolve(run, begin_name), end.resolve(run, end_name)
+    if first > last and run.steps is not None and first >= run.steps:
+        return first, first  # a trial run that ends before it begins
     if first > last:
         hint = ""
         if end.unit == "steps" and end.value == 1:
@@ -264,8 +266,11 @@ def ramp(schedule: str | Ramp, name: str = "schedule") -> Ramp:
         return RAMPS[schedule]
     if not callable(schedule):
         raise TypeError(f"`{name}` must be one of {', '.join(RAMPS)} or a callable, got {schedule!r}.")
-    for t in (0.0, 0.25, 0.5, 0.75, 1.0):
-        share = schedule(t)
+    for t in (i / 100 for i in range(101)):
+        try:
+            share = schedule(t)
+        except TypeError as error:
+            raise TypeError(f"`{name}` must be a function of progress in [0, 1], and raised: {error}") from error
         if isinstance(share, bool) or not isinstance(share, Real):
             raise TypeError(f"`{name}` must return a number, got {share!r} at progress {t}.")
         if not 0.0 <= float(share) <= 1.0:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -11,13 +12,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_compress import registry
 from lightning_compress.example_inputs import ExampleInputs, InputCapture, is_compiled
-from lightning_compress.modules import Target, as_patterns, clean_name, select_parameters
+from lightning_compress.modules import Target, as_patterns, clean_name, refuse_if_no_match, select_parameters
 from lightning_compress.moments import Moment, MomentLike, Ramp, number, progress, ramp, refuse_if_after, resolve_span
 from lightning_compress.pruning import sharding
 from lightning_compress.pruning.activations import InputNorms
@@ -136,7 +137,8 @@ class GradualPruning(Callback):
                 f"`initial_sparsity={initial_sparsity}` must not be above `final_sparsity`, which is {lowest}: "
                 f"pruned weights are not revived."
             )
-        self.criterion = criterion if isinstance(criterion, Criterion) else _one_of(criterion, CRITERIA, "criterion")
+        allowed = {**CRITERIA, "or a Criterion": None}
+        self.criterion = criterion if isinstance(criterion, Criterion) else _one_of(criterion, allowed, "criterion")
         self._criterion = criterion if isinstance(criterion, Criterion) else CRITERIA[criterion]
         self.scope = _one_of(scope, SCOPES, "scope")
         if self.scope == "erk" and self._granularity.kind == "pattern":
@@ -179,8 +181,10 @@ class GradualPruning(Callback):
         self._norms: InputNorms | None = None
         self._skipped: dict[str, str] = {}
         self._upcoming = 0
-        self._regrown_at = -1
+        self._regrown: tuple[int, list[int]] = (-1, [])  # a step, and the optimizers that have swapped weights in it
         self._is_training: Callable[[], bool] = lambda: False
+        self._is_held: Callable[[], bool] = lambda: False
+        self._sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor
         self._restored: dict[str, Any] | None = None
         self._last_update: int | None = None
         self._last_step = 0
@@ -189,6 +193,7 @@ class GradualPruning(Callback):
         self._has_cleared = False
         self._averaged: list[list[nn.Parameter]] = []
         self._steps: int | None = None
+        self._is_trial = False
         self._has_started = False
         self._capture: InputCapture | None = None
         self._structure: list[ChannelGroup] | None = None
@@ -196,6 +201,7 @@ class GradualPruning(Callback):
         self._inputs = ExampleInputs()
         self.pruned_module: nn.Module | None = None
         self._handles: list[Any] = []
+        self._optimizers: list[Optimizer] = []
 
     @property
     def state_key(self) -> str:
@@ -234,15 +240,21 @@ class GradualPruning(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve the moments, make or restore the masks, and watch the optimizers."""
         self._is_training = lambda: trainer.training
+        self._is_held = lambda: registry.is_held(pl_module)
+        if trainer.world_size > 1:
+            self._sum_over_ranks = lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum")
         sharding.reshard(pl_module)
         run = run_length(trainer)
         begin, end = resolve_span(self.begin, self.end, run)
         self._span = (begin, end, max(self.every.resolve(run, "every"), 1))
         self._steps = run.steps
-        for optimizer in trainer.optimizers:
+        self._is_trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        self._optimizers = list(trainer.optimizers)
+        for optimizer in self._optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_raw_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
         if self._restored is not None and "structure" in self._restored:
+            self._drop_capture()
             structure = self._restored["structure"]
             self._called, self._skipped = structure["called"], structure["skipped"]
             self._inputs = ExampleInputs(tuple(structure["args"]), dict(structure["kwargs"]))
@@ -258,6 +270,7 @@ class GradualPruning(Callback):
             pruner.load_state_dict(self._restored["pruner"])
             self._last_update = self._restored["last_update"]
             self._last_step, self._delay = self._restored["last_step"], self._restored["delay"]
+            self._regrown = (self._restored["regrown"][0], list(self._restored["regrown"][1]))
         else:
             pruner.start()
         self._has_started = True
@@ -271,6 +284,7 @@ class GradualPruning(Callback):
 
     def _select(self, pl_module: LightningModule) -> None:
         patterns = list(self.final_sparsity) if isinstance(self.final_sparsity, dict) else None
+        _refuse_patterns(pl_module, patterns)
         targets = select_parameters(pl_module, self.include or patterns, self.exclude, self.parameters)
         fields, self._skipped = element_fields(self._granularity, targets)
         if not fields:
@@ -292,17 +306,28 @@ class GradualPruning(Callback):
                     f"Set `example_input_array` in {type(pl_module).__name__}."
                 ) from None
             return
-        self._capture.remove()
-        self._capture = None
+        self._drop_capture()
         self._find_structure(trainer, pl_module, called, inputs)
+
+    def _drop_capture(self) -> None:
+        if self._capture is not None:
+            self._capture.remove()
+            self._capture = None
 
     def _find_structure(self, trainer: Trainer, pl_module: LightningModule, called: str, inputs: ExampleInputs) -> None:
         patterns = list(self.final_sparsity) if isinstance(self.final_sparsity, dict) else None
         # Ranks see other data: one of them decides.
         inputs = trainer.strategy.broadcast(inputs.to("cpu"))
+        _refuse_patterns(pl_module, patterns)
         groups, self._skipped = trainer.strategy.broadcast(
             find_groups(pl_module, called, inputs, self.include or patterns, self.exclude, self.granularity)
         )
+        if not groups:
+            rank_zero_warn(
+                f"GradualPruning: nothing is pruned, since no {self.granularity} of {type(pl_module).__name__} is the "
+                f"model's own affair: {_reasons(self._skipped)}."
+            )
+            return
         self._called, self._inputs = called, inputs
         self._set_structure(pl_module, groups)
 
@@ -348,13 +373,18 @@ class GradualPruning(Callback):
                 f"GradualPruning: the model is already sparser than `final_sparsity={self.final_sparsity}`; "
                 f"{pruner.surplus:,} of its zeros are free to grow again."
             )
-        if steps is not None and end > steps:
+        if steps is not None and end > steps and not self._is_trial:
             rank_zero_warn(
                 f"GradualPruning: `end={self.end}` is step {end}, but the run ends after {steps} steps: too short to "
                 f"reach the final sparsity. Give an earlier `end`, as a fraction of the run for example."
             )
 
     # --- during training ----------------------------------------------------------------------------------------------
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Find channels or heads, where the first training batch has to tell what the model receives."""
+        if self._capture is not None and trainer.training:
+            self._take_captured(trainer, pl_module, is_last_chance=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch the layers' inputs while a criterion needs them."""
@@ -369,12 +399,15 @@ class GradualPruning(Callback):
     def _is_watching(self) -> bool:
         """Whether what happens in this step tells an update still to come."""
         begin, end, every = self._span
-        return self._upcoming <= end and (self._criterion.is_lasting or self._upcoming > begin - every)
+        is_over = self._last_update is not None and self._last_update >= end
+        return not is_over and (self._criterion.is_lasting or self._upcoming > begin - every)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Read the gradients, and clear those of pruned weights before clipping sees them and momentum gathers them."""
         if not self._has_started:
-            return
+            if self._pruner is None:
+                return
+            self._start(trainer, pl_module)  # the first training batch has told what the model receives
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._read_gradients(optimizer, is_scaled=scaler is not None)
         self._has_cleared = True
@@ -391,15 +424,26 @@ class GradualPruning(Callback):
         regrows = self.regrowth > 0 and begin < self._upcoming < end and (self._upcoming - begin) % every == 0
         gathers = self._criterion.signal == "gradient" and self._is_watching()
         if regrows or gathers:
-            owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            owned = {id(p): p for group in optimizer.param_groups for p in group["params"]}
             # A step that loss scaling is about to skip is no step.
-            if not is_scaled or all(bool(p.grad.isfinite().all()) for p in owned if p.grad is not None):
+            if not is_scaled or all(bool(p.grad.isfinite().all()) for p in owned.values() if p.grad is not None):
                 if gathers:
-                    pruner.gather_gradients({id(parameter) for parameter in owned})
-                if regrows and self._regrown_at != self._upcoming:
-                    self._regrown_at = self._upcoming
-                    pruner.regrow(self.regrowth * (1.0 - progress(self._upcoming, begin, end)))
+                    pruner.gather_gradients(owned)
+                if regrows and not self._is_held():
+                    self._regrow(optimizer, owned)
         pruner.clear_gradients()
+
+    def _regrow(self, optimizer: Optimizer, owned: Collection[int]) -> None:
+        begin, end, _ = self._span
+        step, done = self._regrown
+        place = self._optimizers.index(optimizer) if optimizer in self._optimizers else -1
+        done = done if step == self._upcoming else []
+        if place in done:
+            return
+        self._regrown = (self._upcoming, [*done, place])
+        self._take_norms()
+        self._running.regrow(self.regrowth * (1.0 - progress(self._upcoming, begin, end)), owned)
+        self._enforce_everywhere()
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._has_cleared = False
@@ -410,21 +454,22 @@ class GradualPruning(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the masks on where an update is due."""
-        if not self._has_started:
+        if self._capture is not None:
             self._take_captured(trainer, pl_module, is_last_chance=True)
+        if self._pruner is None:
+            return
+        if not self._has_started:
             self._start(trainer, pl_module)
             return
-        if self._norms is not None and self._norms.is_attached:
-            self._take_norms(trainer)
+        self._take_norms()
         if self._move(pl_module, steps_done(trainer, pl_module)):
             self._log(trainer, pl_module, on_step=True, on_epoch=False)
 
-    def _take_norms(self, trainer: Trainer) -> None:
-        norms, pruner = _known(self._norms), self._running
-        squares = norms.take()
-        if trainer.world_size > 1:  # every rank adds the same numbers at every step, so a resumed run does too
-            squares = {i: trainer.strategy.reduce(squares[i], reduce_op="sum") for i in sorted(squares)}
-        pruner.add_squares(squares)
+    def _take_norms(self) -> None:
+        if self._norms is not None and self._norms.is_attached:
+            # Every rank adds the same numbers at every step, so a resumed run does too.
+            squares = self._norms.take()
+            self._running.add_squares({i: self._sum_over_ranks(squares[i]) for i in sorted(squares)})
 
     def _move(self, pl_module: LightningModule, step: int) -> bool:
         # While the ramp is held, its clock stands still.
@@ -442,12 +487,13 @@ class GradualPruning(Callback):
         if not is_due:
             return False
         try:
-            self._running.update(self._ramp(progress(step, begin, end)))
+            is_complete = self._running.update(_share(self._ramp, progress(step, begin, end)))
         except ValueError:
             if not registry.can_roll_back(pl_module):  # a guard will bring back weights that are not NaN
                 raise
             return False
-        self._last_update = step
+        # Where the last update lacked a signal (a step that was skipped, say) it is made up for at the next step.
+        self._last_update = step if is_complete or step < end else last
         self._enforce_everywhere()
         return True
 
@@ -502,7 +548,7 @@ class GradualPruning(Callback):
                 f"(no gradient, or not called): without a score they were left alone. The sparsity is "
                 f"{self._running.sparsity:.4g} of {self._running.final_sparsity:.4g}."
             )
-        elif self.stage() < 1.0:
+        elif self.stage() < 1.0 and not self._is_trial:
             rank_zero_warn(
                 f"GradualPruning: the run stopped before `end={self.end}` (step {self._span[1]}): the sparsity is "
                 f"{self._running.sparsity:.4g} instead of {self._running.final_sparsity:.4g}."
@@ -541,12 +587,13 @@ class GradualPruning(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._optimizers = []
         if self._norms is not None:
             self._norms.detach()
-        if self._capture is not None:
-            self._capture.remove()
+        self._drop_capture()
         self._averaged = []
-        self._is_training = lambda: False
+        self._is_training = self._is_held = lambda: False
+        self._sum_over_ranks = lambda tensor: tensor
         registry.release(pl_module, self)
 
     # --- state --------------------------------------------------------------------------------------------------------
@@ -555,11 +602,13 @@ class GradualPruning(Callback):
         """Return the masks (packed) and the step of the last update."""
         if self._pruner is None or not self._pruner.masks:
             return self._restored or {}
+        self._take_norms()  # a callback before us in the list may save what this batch has told
         state: dict[str, Any] = {
             "pruner": self._pruner.state_dict(),
             "last_update": self._last_update,
             "last_step": self._last_step,
             "delay": self._delay,
+            "regrown": [self._regrown[0], list(self._regrown[1])],
         }
         if self._structure is not None:
             state["structure"] = {
@@ -589,6 +638,11 @@ class GradualPruning(Callback):
             f"(target {pruner.final_sparsity:.4g}; {self._spell_criterion()}, {self.granularity}, {self.scope})"
         )
 
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """The layers that cannot carry the granularity, and why."""
+        return self._skipped
+
     def layers(self) -> Mapping[str, Mapping[str, Any]]:
         """Return the sparsity of each parameter."""
         return {
@@ -609,6 +663,7 @@ class GradualPruning(Callback):
         self._running.load_state_dict(state["pruner"])
         self._last_update = state["update"]
         self._delay = self._last_step - state["ramp"]
+        self._regrown = (-1, [])
         self._enforce_everywhere()
 
     def _units(self) -> str:
@@ -682,12 +737,26 @@ def _groups(
                 f"`final_sparsity` has no pattern for '{target.module_name}', which `include` names. "
                 f"Its patterns: {', '.join(final_sparsity)}. Add one, '*' for all others."
             )
-    return [group for group in groups.values() if group.members]
+    for pattern, group in groups.items():
+        if not group.members:
+            raise ValueError(
+                f"`final_sparsity` pattern '{pattern}' governs nothing: what it matches is left out by `include` or "
+                f"`exclude`, cannot be pruned, or belongs to a pattern before it."
+            )
+    return list(groups.values())
 
 
-def _known(value: InputNorms | None) -> InputNorms:
-    assert value is not None
-    return value
+def _refuse_patterns(pl_module: nn.Module, patterns: Sequence[str] | None) -> None:
+    modules = {clean_name(name): child for name, child in pl_module.named_modules(remove_duplicate=False) if name}
+    for pattern in patterns or ():
+        refuse_if_no_match(pattern, modules, "final_sparsity")
+
+
+def _share(ramp: Ramp, t: float) -> float:
+    share = float(ramp(t))
+    if math.isnan(share):
+        raise ValueError(f"`schedule` returned NaN at progress {t:.4g}.")
+    return min(max(share, 0.0), 1.0)
 
 
 def _averaged_parameters(trainer: Trainer, targets: Sequence[Target]) -> Iterator[list[nn.Parameter]]:

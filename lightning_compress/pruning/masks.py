@@ -92,7 +92,7 @@ def initial_mask(weight: Tensor) -> Tensor:
     mask = weight != 0
     if not bool(mask.all()):
         kept = weight[mask]
-        if kept.numel() == 0 or bool((kept == kept[0]).all()):
+        if kept.numel() != 1 and (kept.numel() == 0 or bool((kept == kept[0]).all())):
             return torch.ones_like(mask)
     return mask
 

@@ -41,6 +41,7 @@ class _Path:
     start: int = 0  # and as it was found: an already sparse model brings more
 
     def count(self, done: float) -> int:
+        """Return how many units are pruned when the share `done` of the way is behind."""
         return self.start + int((self.final - self.start) * done + 0.5)
 
 
@@ -70,6 +71,7 @@ class Pruner:
         >>> pruner = Pruner(targets, fields, [Group(0.5, [0])], CRITERIA["magnitude"], "global")
         >>> pruner.start()
         >>> pruner.update(1.0)
+        True
         >>> layer[0].weight.tolist(), pruner.sparsity
         ([[3.0, 0.0, 0.0, 4.0]], 0.5)
     """
@@ -175,11 +177,14 @@ class Pruner:
         self._spread()
 
     @torch.no_grad()
-    def update(self, done: float) -> None:
+    def update(self, done: float) -> bool:
         """Prune the lowest scores until the share `done` of the way is behind; what is pruned stays so.
 
         Args:
             done: The share of the way, from 0 to 1.
+
+        Returns:
+            Whether all that was to go has gone; parameters without a signal keep what they have.
 
         Raises:
             ValueError: If a score is NaN, with the parameter's name. Nothing is pruned then.
@@ -187,8 +192,8 @@ class Pruner:
         chosen = []
         for path in self._paths:
             missing = path.count(done) - sum(self._pruned[i] for i in path.fields)
-            if missing > 0:
-                chosen.append((path, self._choose(path, missing)))
+            if missing > 0 and (selected := self._choose(path, missing)) is not None:
+                chosen.append((path, selected))
         self._updates += 1
         self._grown = None
         if not self._criterion.is_lasting:
@@ -199,8 +204,10 @@ class Pruner:
         if chosen:
             self._spread()
             self.enforce()
+        return all(path.count(done) <= sum(self._pruned[i] for i in path.fields) for path in self._paths)
 
-    def _choose(self, path: _Path, missing: int) -> list[Tensor]:
+    def _choose(self, path: _Path, missing: int) -> list[Tensor] | None:
+        """Return which units go, as many as are missing or as there are with a score; ``None`` without any."""
         fields = [self.fields[i] for i in path.fields]
         kept = [self._units[i] for i in path.fields]
         if self._grown is not None:  # what has only just come back is small, and gets its chance
@@ -209,6 +216,8 @@ class Pruner:
         # Without a signal there is no score, and such a field is left alone.
         known = [n for n, score in enumerate(scores) if score is not None]
         self.without_signal |= {field.name for field, score in zip(fields, scores, strict=True) if score is None}
+        if not known:
+            return None
         selected = [torch.zeros_like(mask) for mask in kept]
         candidates = {n: fields[n].candidates(_known(scores[n]), kept[n]) for n in known}
 
@@ -225,7 +234,7 @@ class Pruner:
             return dict(zip(known, out, strict=True))
 
         protected: set[int] = set()
-        while known:
+        while True:
             found = select()
             counts = self._count([*(kept[n] for n in known), *(found[n] for n in known)])
             before_and_gone = zip(known, counts, counts[len(known) :], strict=False)
@@ -233,7 +242,7 @@ class Pruner:
             if not emptied:
                 for n in known:
                     selected[n] = found[n]
-                break
+                return selected
             # A layer without a weight cuts the network: its best one stays, and another layer gives up one instead.
             protected |= emptied
             self.rescued |= {fields[n].name for n in emptied}
@@ -242,7 +251,6 @@ class Pruner:
                 if sharding.holds_the_largest(value, self._group):
                     candidates[n] = candidates[n].clone()
                     candidates[n][place] = False
-        return selected
 
     def _scores(self, fields: Sequence[Field]) -> tuple[list[Tensor | None], bool]:
         """Return the scores of units, ``None`` without a signal, and whether their absolute values are meant."""
@@ -301,26 +309,33 @@ class Pruner:
             self._signals[i] = told.clone() if previous is None else previous.add_(told)
 
     @torch.no_grad()
-    def regrow(self, share: float) -> None:
+    def regrow(self, share: float, owned: Collection[int]) -> None:
         """Swap each layer's lowest-scoring kept weights for its pruned ones with the largest gradient (RigL).
 
         ``share · min(kept, pruned)`` weights are swapped; the sparsity stays what it is. A weight that comes back
-        starts at zero, and the optimizer step that follows moves it. (Evci et al. 2020, arXiv 1911.11134.)
+        starts at zero, and the optimizer step that follows moves it; so none comes back whose gradient is zero. (Evci
+        et al. 2020, arXiv 1911.11134.)
+
+        Args:
+            share: How many, in [0, 1).
+            owned: The ``id`` of each parameter that the optimizer is about to change.
         """
-        grown = [torch.zeros_like(mask) for mask in self._units]
+        grown = self._grown or [torch.zeros_like(mask) for mask in self._units]
         for i, field in enumerate(self.fields):
             [score], is_absolute = self._scores([field])
-            gradient = self._parameter(field.members[0]).grad
-            count = int(share * min(self._pruned[i], field.size - self._pruned[i]))
-            if score is None or gradient is None or count == 0:
+            parameter = self._parameter(field.members[0])
+            if score is None or parameter.grad is None or id(parameter) not in owned:
                 continue
-            kept = self._units[i]
+            kept, slopes = self._units[i], sharding.local(_dense(parameter.grad))
             gone = ~kept
+            [could] = self._count([gone & (slopes != 0)])
+            count = min(int(share * min(self._pruned[i], field.size - self._pruned[i])), could)
+            if count == 0:
+                continue
             names = [field.name]
             [dropped] = select_smallest(
                 [score], count, candidates=[kept], absolute=is_absolute, names=names, group=self._group
             )
-            slopes = sharding.local(_dense(gradient))
             stay = self._pruned[i] - count
             [stays] = select_smallest([slopes], stay, candidates=[gone], absolute=True, names=names, group=self._group)
             grown[i] = gone & ~stays

@@ -57,7 +57,8 @@ def find_groups(
         kind=kind,
     )
     groups = [group for group in groups if group.units // group.blocks > 1]
-    if not groups:
+    is_given = include is not None or any("its width is that of an output" not in reason for reason in refused.values())
+    if not groups and (is_given or not refused):
         reasons = "; ".join(f"'{name}' ({reason})" for name, reason in refused.items())
         raise ValueError(
             f"`granularity='{kind}'` fits no layer of {type(module).__name__}: {reasons or 'none is left'}."

@@ -410,6 +410,7 @@ def _facts(technique: registry.Technique) -> dict[str, Any]:
         "callback": type(technique).__name__,
         "stage": technique.stage(),
         "summary": technique.summary(),
+        "skipped": dict(getattr(technique, "skipped", {})),
         "layers": {name: dict(facts) for name, facts in technique.layers().items()},
     }
 
@@ -453,7 +454,7 @@ def _summary(technique: Mapping[str, Any], counts: Sequence[ParameterCount]) -> 
     claimed = _named(counts, technique["layers"])
     zeros, total = _zeros_and_total(claimed)
     return {
-        **{key: technique[key] for key in ("technique", "callback", "stage", "summary")},
+        **{key: technique[key] for key in ("technique", "callback", "stage", "summary", "skipped")},
         "layers": len(claimed),
         "parameters": total,
         "zeros": zeros,

@@ -457,6 +457,10 @@ def verdict(figures: Mapping[str, Any]) -> list[str]:
         sentences.append("Nothing was compressed: no technique acted on this model.")
     if cut := figures.get("removed"):
         sentences.append(_spell_removed(cut["masked"], cut["cut"]))
+    for technique in figures.get("techniques", ()):
+        if skipped := technique.get("skipped"):
+            reasons = "; ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:6])
+            sentences.append(f"{technique['callback']} left as they are: {reasons}.")
     rows = figures.get("parameters", ())
     if any(_is_claimed(row) for row in rows):
         alone = [row for row in rows if len(row["shape"]) > 1 and not _is_claimed(row)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 import pytest
@@ -287,7 +288,9 @@ def test_refuses_at_construction(kwargs: dict[str, Any], error: Any, message: st
     ("kwargs", "message"),
     [
         ({"include": "ned.*"}, "matches no module.*'net"),
-        ({"final_sparsity": {"nett.0": 0.5}}, r"matches no module.*'net\.0'"),
+        ({"final_sparsity": {"nett.0": 0.5}}, r"`final_sparsity` pattern 'nett\.0' matches no module.*'net\.0'"),
+        ({"final_sparsity": {"*": 0.5, "net.0": 0.9}}, r"`final_sparsity` pattern 'net\.0' governs nothing"),
+        ({"final_sparsity": {"net.0": 0.5, "net.2": 0.9}, "include": "net.0"}, r"pattern 'net\.2' governs nothing"),
         ({"begin": 0.5, "end": 1}, r"`end=1`.*`end=1\.0`"),
         ({"final_sparsity": 0.999, "scope": "layer"}, "would leave 0 of the"),
         ({"parameters": ("kernel",)}, "no parameter 'kernel'"),
@@ -316,3 +319,33 @@ def test_unknown_length(tmp_path: Any) -> None:
         module, Endless(), held_out()
     )
     assert zeros(module)[0] == round(0.8 * 512)
+
+
+def test_a_layer_with_one_weight_left_stays_sparse(tmp_path: Any) -> None:
+    module, _ = run(tmp_path, GradualPruning(0.99))
+    before = zeros(module)[0]
+    record = Record()
+    run(tmp_path, GradualPruning(0.99, begin=0.5, end=0.9), module, [record], limit_val_batches=0)
+    assert before == round(0.99 * 512) == record.zeros[0][1]
+
+
+def test_trial_runs_do_not_refuse(tmp_path: Any) -> None:
+    run(tmp_path, GradualPruning(0.5, begin=10, end=0.5), fast_dev_run=True)
+    run(tmp_path, GradualPruning(0.5, begin="2ep", end=0.9), fast_dev_run=2)
+
+
+def test_parameters_without_entries_are_left_out(tmp_path: Any) -> None:
+    for scope in ("global", "layer", "erk"):
+        module = seeded(Net)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, on initializing nothing
+            module.extra = nn.Linear(0, 5)
+        run(tmp_path, GradualPruning(0.8, scope=scope, end=0.5), module)
+        assert abs(zeros(module)[0] / 512 - 0.8) < 1 / 512
+
+
+def test_a_schedule_that_leaves_its_range_is_refused() -> None:
+    with pytest.raises(ValueError, match="`schedule` must stay within"):
+        GradualPruning(schedule=lambda t: 1.1 if 0.8 < t < 0.95 else t)
+    with pytest.raises(TypeError, match="`schedule` must be a function of progress"):
+        GradualPruning(schedule=lambda a, b: 1.0)  # type: ignore[misc, arg-type]

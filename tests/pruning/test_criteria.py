@@ -8,21 +8,25 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_compress import GradualPruning
+from lightning_compress import AccuracyGuard, GradualPruning
 from lightning_compress.modules import Target, select_parameters
 from lightning_compress.pruning.activations import InputNorms, input_norm
 from lightning_compress.pruning.granularity import BlockField, Granularity, PatternField
 from lightning_compress.pruning.importance import Criterion
 from tests.helpers import (
     FEATURES,
+    Crash,
+    CrashAt,
     InfiniteGradientAt,
     Net,
     StatefulLoader,
     held_out,
     loss_scaling,
+    same,
     seeded,
     trainer,
     zeros,
@@ -341,3 +345,127 @@ def test_regrowth_fades_and_the_masks_are_frozen_from_the_end(tmp_path: Any) -> 
     moved = {step: int((masks.seen[step] ^ masks.seen[step - 1]).sum()) for step in range(5, 33)}
     assert moved[8] > moved[12] > moved[16] > 0
     assert all(moved[step] == 0 for step in range(20, 33))
+
+
+# --- what can happen in between --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cubic", "one_shot"])
+def test_an_update_without_a_signal_is_made_up_for(tmp_path: Any, schedule: str) -> None:
+    begin = 8 if schedule == "one_shot" else 0
+    pruning = GradualPruning(0.8, criterion="gradient", begin=begin, end=8, every=1, schedule=schedule)
+    module = fit(tmp_path, pruning, extra=[InfiniteGradientAt(7)], plugins=[loss_scaling()])
+    assert zeros(module)[0] == round(0.8 * 512)
+    assert pruning.stage() == 1.0
+    at_once = fit(tmp_path, GradualPruning(0.8, criterion="gradient", begin=0, end=0))
+    assert zeros(at_once)[0] == round(0.8 * 512)
+
+
+class Alternating(Net):
+    """A pair of optimizers that take turns, as adversarial training has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()[batch_idx % 2]
+        self.toggle_optimizer(optimizer)
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+        self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), 0.1, momentum=0.9) for part in (self.net[:3], self.net[3:])]
+
+
+def test_alternating_optimizers(tmp_path: Any) -> None:
+    module = fit(tmp_path, GradualPruning(0.8, criterion="gradient", begin=0, end=20, schedule="linear"), Alternating())
+    assert zeros(module)[0] == round(0.8 * 512)
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            self.before = [p.detach() == 0 for p in pl_module.parameters() if p.dim() > 1]
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            self.owned = [id(p) in owned for p in pl_module.parameters() if p.dim() > 1]
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            matrices = [p for p in pl_module.parameters() if p.dim() > 1]
+            for parameter, before, is_owned in zip(matrices, self.before, self.owned, strict=True):
+                came_back = before & (parameter != 0)
+                assert is_owned or not came_back.any()
+
+    pruning = GradualPruning(0.6, regrowth=0.4, every=1, begin=2, end=20, scope="layer")
+    module = fit(tmp_path, Watch(), seeded(Alternating), extra=[pruning])
+    assert abs(zeros(module)[0] / 512 - 0.6) < 1 / 512
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "gradient", "activation_weight"])
+def test_zeros_are_those_that_are_claimed_while_weights_regrow(tmp_path: Any, criterion: Any) -> None:
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            assert zeros(pl_module)[0] == round(pruning._running.sparsity * 512)
+
+    module = seeded(lambda: Net(optimizer=torch.optim.Adam))
+    pruning = GradualPruning(0.8, begin=0.1, end=0.7, every=1, criterion=criterion, regrowth=0.3)
+    swaps: list[float] = []
+    original = GradualPruning._regrow
+
+    def counted(self: Any, *args: Any) -> None:
+        original(self, *args)
+        swaps.append(sum(int(mask.sum()) for mask in self._running._grown or []))
+
+    GradualPruning._regrow = counted  # type: ignore[method-assign]
+    try:
+        fit(tmp_path, Watch(), module, extra=[pruning])
+    finally:
+        GradualPruning._regrow = original  # type: ignore[method-assign]
+    assert sum(swaps) > 20
+    assert zeros(module)[0] == round(0.8 * 512)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:GradualPruning.* the run stopped before", "ignore:AccuracyGuard.* the run ends with"
+)
+def test_nothing_regrows_while_the_ramp_is_held(tmp_path: Any) -> None:
+    module = seeded(Net)
+    pruning = GradualPruning(0.8, regrowth=0.4, begin=0, end=0.9, every=1)
+    guard = AccuracyGuard("val_acc", tolerance=0.0, baseline=0.999)
+    average = EMAWeightAveraging(decay=0.9)
+    run = trainer(tmp_path, [pruning, guard, average], val_check_interval=4, max_epochs=2)
+    run.fit(module, StatefulLoader(), held_out())
+    run.save_checkpoint(tmp_path / "held.ckpt")
+    state = torch.load(tmp_path / "held.ckpt", weights_only=True)["state_dict"]
+    assert sum(int((w == 0).sum()) for w in state.values() if w.dim() > 1) == round(pruning._running.sparsity * 512)
+
+
+@pytest.mark.parametrize("saver_is_first", [True, False])
+@pytest.mark.parametrize("step", [1, 7, 9])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"criterion": "activation_weight", "regrowth": 0.3},
+        {"criterion": "activation_weight", "granularity": "channel", "scope": "layer"},
+        {"criterion": "gradient_weight", "granularity": "channel", "scope": "layer"},
+    ],
+    ids=str,
+)
+def test_resume_wherever_the_checkpoint_is_written(
+    tmp_path: Any, kwargs: dict[str, Any], step: int, saver_is_first: bool
+) -> None:
+    def run(extra: Any = (), ckpt_path: Any = None) -> Any:
+        pruning = GradualPruning(0.5, begin=0, end=0.6, every=3, **kwargs)
+        module = seeded(Net)
+        callbacks = [*extra, pruning] if saver_is_first else [pruning, *extra]
+        trainer(tmp_path, callbacks, num_sanity_val_steps=0).fit(
+            module, StatefulLoader(), held_out(), ckpt_path=ckpt_path
+        )
+        return dict(module.state_dict()), pruning.state_dict()
+
+    whole = run()
+    with pytest.raises(Crash):
+        run([CrashAt(step, tmp_path / "x.ckpt")])
+    assert same(whole, run((), tmp_path / "x.ckpt"))

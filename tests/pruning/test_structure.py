@@ -261,3 +261,49 @@ def test_the_report_compares_the_masked_module_with_the_cut_one(tmp_path: Any) -
         assert removed["cut"]["multiply_adds"] == 16 * (108 + 288 + 288) + 16
         assert removed["cut"]["latency"]["64"]["ms"] > 0
         assert any("really cut out" in note for note in report.figures["notes"])
+
+
+class Interfaces(Detector):
+    """Case 2 to the letter: both widths are what the model hands out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+        self.backbone = nn.Identity()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        p3 = self.conv1(x)
+        return {"p3": p3, "p4": self.conv2(p3.relu())}
+
+
+@pytest.mark.parametrize("has_example", [True, False])
+def test_case_2_nothing_but_interfaces(tmp_path: Any, has_example: bool) -> None:
+    module = seeded(Interfaces)
+    if not has_example:
+        module.example_input_array = None
+    with pytest.warns(UserWarning, match=r"nothing is pruned.*'conv1' \(its width is that of an output"):
+        trainer(tmp_path, [GradualPruning(0.5, granularity="channel")]).fit(module, StatefulLoader())
+    out = module(torch.randn(2, 3, 8, 8))
+    assert (out["p3"].shape, out["p4"].shape) == ((2, 16, 8, 8), (2, 32, 8, 8))
+
+
+def test_refused_before_the_first_step(tmp_path: Any) -> None:
+    module = seeded(Net)
+    before = copy.deepcopy(module.state_dict())
+    run = trainer(tmp_path, [GradualPruning(0.5, granularity="head")], num_sanity_val_steps=0)
+    with pytest.raises(ValueError, match="fits no layer"):
+        run.fit(module, StatefulLoader(), held_out())
+    assert run.global_step == 0
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_the_report_names_the_kept_widths(tmp_path: Any) -> None:
+    report = CompressionReport(dir=str(tmp_path), plots=False, latency=False)
+    trainer(tmp_path, [GradualPruning(0.5, granularity="channel", end=0.6), report]).fit(
+        seeded(Detector), StatefulLoader()
+    )
+    [technique] = report.figures["techniques"]
+    assert set(technique["skipped"]) == {"backbone.conv1", "backbone.conv2"}
+    assert any(
+        "backbone.conv1 (its width is that of an output of the model" in note for note in report.figures["notes"]
+    )
