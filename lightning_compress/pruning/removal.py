@@ -725,6 +725,8 @@ def _copy(module: nn.Module) -> nn.Module:
         for method in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
             vars(model).pop(method, None)
         vars(model)["_compiler_ctx"] = None
+    if "_metric_attributes" in vars(model):  # Lightning remembers metrics by the ids of the original's
+        vars(model)["_metric_attributes"] = None
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
         model = model.float()
     for parameter in model.parameters():

@@ -10,10 +10,12 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_compress import CompressionReport, GradualPruning
 from lightning_compress.pruning import load_pruned, remove_pruned_channels
-from tests.helpers import FEATURES, Net, StatefulLoader, held_out, seeded, trainer
+from lightning_compress.pruning.importance import CRITERIA
+from tests.helpers import FEATURES, Crash, CrashAt, Net, StatefulLoader, held_out, same, seeded, trainer
 
 
 class Module(LightningModule):
@@ -307,3 +309,63 @@ def test_the_report_names_the_kept_widths(tmp_path: Any) -> None:
     assert any(
         "backbone.conv1 (its width is that of an output of the model" in note for note in report.figures["notes"]
     )
+
+
+class Measured(Net):
+    """A module that logs a torchmetrics object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = MulticlassAccuracy(4)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.accuracy(self(batch[0]), batch[1])
+        self.log("accuracy", self.accuracy)
+
+    test_step = validation_step
+
+
+def test_the_smaller_module_is_a_lightning_module_like_any_other(tmp_path: Any) -> None:
+    module, pruning = seeded(Measured), GradualPruning(0.5, granularity="channel", end=0.6)
+    run = fit(tmp_path, module, pruning)
+    [masked] = run.test(module, held_out(), verbose=False)
+    [smaller] = trainer(tmp_path).test(pruning.pruned_module, held_out(), verbose=False)
+    assert masked == smaller
+    trainer(tmp_path, max_epochs=1).fit(pruning.pruned_module, StatefulLoader(), held_out())
+
+
+@pytest.mark.parametrize("granularity", ["weight", "2:4", "block:4x1", "channel", "head"])
+@pytest.mark.parametrize("criterion", list(CRITERIA))
+def test_every_criterion_with_every_granularity(tmp_path: Any, criterion: Any, granularity: str) -> None:
+    def run(extra: Any = (), ckpt_path: Any = None) -> Any:
+        module = seeded(lambda: Module(Feedforward() if granularity == "channel" else Attention(), (5, 3)))
+        share = {} if granularity == "2:4" else {"final_sparsity": 0.5}
+        pruning = GradualPruning(granularity=granularity, criterion=criterion, begin=2, end=20, every=3, **share)
+        trainer(tmp_path, [pruning, *extra]).fit(module, StatefulLoader(), held_out(), ckpt_path=ckpt_path)
+        return module, pruning
+
+    module, pruning = run()
+    with pytest.raises(Crash):
+        run([CrashAt(11, tmp_path / "x.ckpt")])
+    again, resumed = run((), tmp_path / "x.ckpt")
+    assert same(dict(module.state_dict()), dict(again.state_dict()))
+    assert same(pruning.state_dict(), resumed.state_dict())
+    pruner = pruning._running
+    assert pruner.sparsity == pruner.final_sparsity
+    assert abs(pruner.sparsity - 0.5) < 1 / pruner.total
+    parameters = dict(module.named_parameters())
+    for name, facts in pruning.layers().items():
+        assert int((parameters[name] == 0).sum()) >= facts["pruned"]
+        if parameters[name].dim() > 1:
+            assert int((parameters[name] == 0).sum()) == facts["pruned"]
+    if pruning.pruned_module is not None:
+        assert agrees(module, pruning.pruned_module)
+
+
+class Feedforward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(3, 16), nn.Linear(16, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x).relu()).relu().mean(1))
