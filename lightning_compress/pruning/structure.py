@@ -93,9 +93,10 @@ def smaller_copy(module: nn.Module, called: str, inputs: ExampleInputs, groups: 
     if called:
         smaller.set_submodule(called, whole.get_submodule(called))
     # The copy is in eval mode and float32, so that it can be tried; what comes back is as the module is.
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    own = {clean_name(name): tensor for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     for name, tensor in (*smaller.named_parameters(), *smaller.named_buffers()):
-        tensor.requires_grad_(own[name].requires_grad).data = tensor.data.to(own[name].dtype)
+        source = own[clean_name(name)]
+        tensor.requires_grad_(source.requires_grad).data = tensor.data.to(source.dtype)
     return smaller.train(module.training)
 
 
