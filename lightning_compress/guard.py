@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_compress import registry
 from lightning_compress.modules import clean_name
-from lightning_compress.moments import number
+from lightning_compress.moments import number, one_of
 from lightning_compress.training import callbacks, plain, publish_compressed_metrics, steps_done
 
 _ACTIONS = {"hold": "holds compression", "rollback": "rolls the model back", "stop": "stops the run"}
@@ -104,11 +104,11 @@ class AccuracyGuard(Callback):
     ) -> None:
         super().__init__()
         self.monitor = _metric_name(monitor)
-        self.mode = _one_of(mode, ("max", "min"), "mode")
+        self.mode = one_of(mode, ("max", "min"), "mode")
         self.tolerance = _finite(tolerance, "tolerance", 0.0)
         self.baseline = None if baseline is None else _finite(baseline, "baseline", -math.inf)
         self.patience = _count(patience, "patience")
-        self.action = _one_of(action, tuple(_ACTIONS), "action")
+        self.action = one_of(action, tuple(_ACTIONS), "action")
         self._state = _State()
         self._is_running = False
         self._has_validated = False
@@ -571,12 +571,6 @@ def _metric_name(monitor: object) -> str:
             f"metric that the module logs: '{monitor.removeprefix('compress/')}'."
         )
     return monitor
-
-
-def _one_of(value: object, allowed: tuple[str, ...], name: str) -> str:
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
-    return value
 
 
 def _finite(value: object, name: str, low: float) -> float:

@@ -24,7 +24,7 @@ from lightning_compress.moments import (
     refuse_if_after,
     resolve_span,
 )
-from lightning_compress.training import run_length, steps_done
+from lightning_compress.training import callbacks, run_length, steps_done
 
 # --- the decays: functions of the time since the decay began ----------------------------------------------------------
 
@@ -453,8 +453,7 @@ class LearningRateSchedule(Callback):
         """Refuse a second schedule."""
         if stage != "fit":
             return
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(callback, LearningRateSchedule) for callback in callbacks) > 1:
+        if sum(isinstance(callback, LearningRateSchedule) for callback in callbacks(trainer)) > 1:
             raise ValueError("The Trainer has more than one LearningRateSchedule. Keep one: it serves all optimizers.")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal
@@ -141,6 +141,23 @@ def number(value: object, name: str, low: float = -math.inf, high: float = math.
     if not low <= float(value) <= high:
         raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
     return float(value)
+
+
+def one_of(value: object, allowed: Iterable[str], name: str) -> str:
+    """Return a word that must be one of those allowed.
+
+    Example::
+
+        >>> one_of("max", ("max", "min"), "mode")
+        'max'
+
+    Raises:
+        ValueError: If it is another, or no word.
+    """
+    words = list(allowed)
+    if not isinstance(value, str) or value not in words:
+        raise ValueError(f"`{name}` must be one of {', '.join(words)}, got {value!r}.")
+    return value
 
 
 def refuse_if_after(begin: Moment, end: Moment, begin_name: str = "begin", end_name: str = "end") -> None:

@@ -19,7 +19,17 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_compress import registry
 from lightning_compress.example_inputs import ExampleInputs, InputCapture, is_compiled
 from lightning_compress.modules import Target, as_patterns, clean_name, refuse_if_no_match, select_parameters
-from lightning_compress.moments import Moment, MomentLike, Ramp, number, progress, ramp, refuse_if_after, resolve_span
+from lightning_compress.moments import (
+    Moment,
+    MomentLike,
+    Ramp,
+    number,
+    one_of,
+    progress,
+    ramp,
+    refuse_if_after,
+    resolve_span,
+)
 from lightning_compress.pruning import sharding
 from lightning_compress.pruning.activations import InputNorms
 from lightning_compress.pruning.allocation import SCOPES
@@ -72,7 +82,8 @@ class GradualPruning(Callback):
         granularity: What is pruned: ``"weight"`` single weights; N:M such as ``"2:4"``, N of each M consecutive inputs
             are kept; ``"block:RxC"`` blocks of R outputs by C inputs; ``"channel"`` output neurons and filters with all
             that depends on them; ``"head"`` attention heads. Scores are summed over what goes together. Channels and
-            heads are cut out of the model at the end of the fit. What a layer cannot carry is named at the start.
+            heads are cut out of a copy, :attr:`pruned_module`, at the end of the fit. What a layer cannot carry is
+            named at the start.
         scope: How the sparsity is spread: ``"global"`` compares all scores with each other, ``"layer"`` gives every
             layer the same sparsity, ``"erk"`` keeps small layers denser (Erdős–Rényi-kernel). No layer is emptied.
         schedule: The way from the first sparsity to the last: ``"cubic"``, ``"linear"``, ``"cosine"``,
@@ -94,9 +105,9 @@ class GradualPruning(Callback):
             training, for a weight that is NaN, with its name.
 
     Note:
-        Under manual optimization, a step is a training batch. Sharded strategies (FSDP, DeepSpeed, model parallel) are
-        refused. With weight averaging (``WeightAveraging``, ``StochasticWeightAveraging``) the averaged weights are
-        pruned alike.
+        Under manual optimization, a step is a training batch. ``ModelParallelStrategy`` with ``fully_shard`` (FSDP2) is
+        fine, but for channels and heads; ``FSDPStrategy`` and DeepSpeed are refused. With weight averaging
+        (``WeightAveraging``, ``StochasticWeightAveraging``) the averaged weights are pruned alike.
 
     Prune early and often, and leave half of the run to recover: that is what the defaults do. (Zhu and Gupta 2017,
     arXiv 1710.01878; Evci et al. 2020, arXiv 1911.11134, for ``erk``.)
@@ -138,9 +149,9 @@ class GradualPruning(Callback):
                 f"pruned weights are not revived."
             )
         allowed = {**CRITERIA, "or a Criterion": None}
-        self.criterion = criterion if isinstance(criterion, Criterion) else _one_of(criterion, allowed, "criterion")
+        self.criterion = criterion if isinstance(criterion, Criterion) else one_of(criterion, allowed, "criterion")
         self._criterion = criterion if isinstance(criterion, Criterion) else CRITERIA[criterion]
-        self.scope = _one_of(scope, SCOPES, "scope")
+        self.scope = one_of(scope, SCOPES, "scope")
         if self.scope == "erk" and self._granularity.kind == "pattern":
             raise ValueError(f"`scope='erk'` spreads a sparsity that `granularity={granularity!r}` has set already.")
         self.regrowth = number(regrowth, "regrowth", 0.0, 1.0)
@@ -393,7 +404,7 @@ class GradualPruning(Callback):
         if self._norms is not None:
             if self._is_watching():
                 self._norms.attach()
-            elif not any(map(is_compiled, pl_module.modules())):
+            elif self._norms.is_attached and not any(map(is_compiled, pl_module.modules())):
                 self._norms.detach()
 
     def _is_watching(self) -> bool:
@@ -694,12 +705,6 @@ def _sparsity(value: Any, name: str) -> float:
     if not 0.0 < sparsity < 1.0:
         raise ValueError(f"`{name}` must lie between 0 and 1, both excluded, got {value!r}.")
     return sparsity
-
-
-def _one_of(value: Any, allowed: Any, name: str) -> Any:
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
-    return value
 
 
 def _of_pattern(granularity: Granularity, final_sparsity: Any) -> Any:

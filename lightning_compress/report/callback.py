@@ -24,7 +24,7 @@ from lightning_compress.example_inputs import ExampleInputs, InputCapture, is_co
 from lightning_compress.pruning.removal import profile
 from lightning_compress.report import measure, plots
 from lightning_compress.report.measure import ParameterCount, StepTimes
-from lightning_compress.training import plain, run_length, steps_done
+from lightning_compress.training import callbacks, plain, run_length, steps_done
 
 SCHEMA = 1
 """The version of the layout of ``report.json``: keys are added without a new one, none is renamed or removed."""
@@ -97,8 +97,7 @@ class CompressionReport(Callback):
         self._end_run()
         if stage != "fit":
             return
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(callback, CompressionReport) for callback in callbacks) > 1:
+        if sum(isinstance(callback, CompressionReport) for callback in callbacks(trainer)) > 1:
             raise ValueError("The trainer has two CompressionReport callbacks, which report the same: remove one.")
         self.figures, self._history, self._before = None, [], {}
         directory = self.dir or trainer.log_dir or trainer.default_root_dir  # log_dir waits for all processes
