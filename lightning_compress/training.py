@@ -119,23 +119,33 @@ def plain(value: Any) -> Any:
     return value
 
 
-def refuse_sharding(trainer: Trainer, callback: Any, *, but_dtensors: bool = False) -> None:
+def is_sharded(trainer: Trainer) -> bool:
+    """Return whether the strategy splits parameters among processes; classes derived from Lightning's count."""
+    kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
+    return bool(kinds & {"FSDPStrategy", "ModelParallelStrategy"}) or any("DeepSpeed" in kind for kind in kinds)
+
+
+def refuse_sharding(trainer: Trainer, callback: Any, *, but_dtensors: bool = False, but_flat: bool = False) -> None:
     """Raise where the strategy splits parameters among processes.
 
     Args:
         trainer: The trainer with its strategy.
         callback: The callback that cannot work with it.
         but_dtensors: Whether DTensors (``fully_shard``, FSDP2) are fine.
+        but_flat: Whether flat parameters (``FSDPStrategy``, FSDP1) are fine, as long as the original ones show.
 
     Raises:
         ValueError: With the strategy's name and what to use instead.
     """
     strategy = type(trainer.strategy).__name__
-    if (
-        strategy == "FSDPStrategy"
-        or "DeepSpeed" in strategy
-        or (strategy == "ModelParallelStrategy" and not but_dtensors)
-    ):
+    kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
+    if "FSDPStrategy" in kinds and but_flat:
+        if not trainer.strategy.kwargs.get("use_orig_params", True):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{type(callback).__name__} cannot find the parameters that {strategy}(use_orig_params=False) hides: "
+                f"leave `use_orig_params` at True."
+            )
+    elif is_sharded(trainer) and not ("ModelParallelStrategy" in kinds and but_dtensors):
         others = "ModelParallelStrategy with `fully_shard` (FSDP2), " if but_dtensors else ""
         raise ValueError(
             f"{type(callback).__name__} cannot act on the sharded parameters of {strategy}. "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,13 @@ from torch.utils.hooks import RemovableHandle
 from lightning_compress.modules import Target
 
 
-def input_norm(squares: Tensor, target: Target) -> Tensor:
+def input_norm(squares: Tensor, target: Target, shape: Sequence[int] | None = None) -> Tensor:
     """Return ‖x‖ of each input, from the sums of squares, in a shape that broadcasts with a layer's weight.
+
+    Args:
+        squares: The sums.
+        target: The weight.
+        shape: Its shape, where the module does not show it because each process holds a piece.
 
     Example::
 
@@ -23,15 +28,15 @@ def input_norm(squares: Tensor, target: Target) -> Tensor:
         >>> input_norm(torch.tensor([25.0, 1.0]), Target("weight", "", layer, "weight")).tolist()
         [[5.0, 1.0]]
     """
-    module, weight = target.module, target.parameter
-    norms, places = squares.sqrt(), (1,) * (weight.dim() - 2)
+    module, shape = target.module, tuple(target.parameter.shape if shape is None else shape)
+    norms, places = squares.sqrt(), (1,) * (len(shape) - 2)
     if norms.dim() == 2:  # the inputs of q, k and v, one below the other
-        return norms.repeat_interleave(weight.shape[0] // 3, 0)
+        return norms.repeat_interleave(shape[0] // 3, 0)
     if isinstance(module, tuple(_TRANSPOSED)):  # (in, out / groups, …)
         return norms.reshape(-1, 1, *places)
     groups = getattr(module, "groups", 1)  # (out, in / groups, …)
-    each = norms.reshape(groups, 1, -1).expand(groups, weight.shape[0] // groups, -1)
-    return each.reshape(weight.shape[0], -1, *places) if groups > 1 else norms.reshape(1, -1, *places)
+    each = norms.reshape(groups, 1, -1).expand(groups, shape[0] // groups, -1)
+    return each.reshape(shape[0], -1, *places) if groups > 1 else norms.reshape(1, -1, *places)
 
 
 _CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}

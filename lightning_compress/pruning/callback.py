@@ -105,9 +105,11 @@ class GradualPruning(Callback):
             training, for a weight that is NaN, with its name.
 
     Note:
-        Under manual optimization, a step is a training batch. ``ModelParallelStrategy`` with ``fully_shard`` (FSDP2) is
-        fine, but for channels and heads; ``FSDPStrategy`` and DeepSpeed are refused. With weight averaging
-        (``WeightAveraging``, ``StochasticWeightAveraging``) the averaged weights are pruned alike.
+        Under manual optimization, a step is a training batch. Parameters may be sharded by ``ModelParallelStrategy``
+        with ``fully_shard`` (FSDP2) or, but for channels and heads, by ``FSDPStrategy(use_orig_params=True)``;
+        DeepSpeed is refused. Channels and heads need the whole model in every process, once at the start and once at
+        the end. With weight averaging (``WeightAveraging``, ``StochasticWeightAveraging``) the averaged weights are
+        pruned alike.
 
     Prune early and often, and leave half of the run to recover: that is what the defaults do. (Zhu and Gupta 2017,
     arXiv 1710.01878; Evci et al. 2020, arXiv 1911.11134, for ``erk``.)
@@ -206,6 +208,7 @@ class GradualPruning(Callback):
         self._steps: int | None = None
         self._is_trial = False
         self._has_started = False
+        self._has_finished = False
         self._capture: InputCapture | None = None
         self._structure: list[ChannelGroup] | None = None
         self._called = ""
@@ -227,9 +230,9 @@ class GradualPruning(Callback):
             return
         self._release(pl_module)
         self._forget()
-        refuse_sharding(trainer, self, but_dtensors=not self._granularity.is_structured)
+        refuse_sharding(trainer, self, but_dtensors=True, but_flat=not self._granularity.is_structured)
         if not self._granularity.is_structured and not is_overridden("configure_model", pl_module):
-            self._select(pl_module)
+            self._select(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the parameters of a model that ``configure_model`` has only just built, and its channels or heads."""
@@ -245,7 +248,7 @@ class GradualPruning(Callback):
             else:
                 self._capture = InputCapture(pl_module)
         elif self._pruner is None:
-            self._select(pl_module)
+            self._select(trainer, pl_module)
         self._attach_if_compiled(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -277,6 +280,7 @@ class GradualPruning(Callback):
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pruner = self._running
+        pruner.root = trainer.strategy.model
         if self._restored is not None:
             pruner.load_state_dict(self._restored["pruner"])
             self._last_update = self._restored["last_update"]
@@ -293,11 +297,12 @@ class GradualPruning(Callback):
 
     # --- which parameters ---------------------------------------------------------------------------------------------
 
-    def _select(self, pl_module: LightningModule) -> None:
+    def _select(self, trainer: Trainer, pl_module: LightningModule) -> None:
         patterns = list(self.final_sparsity) if isinstance(self.final_sparsity, dict) else None
         _refuse_patterns(pl_module, patterns)
-        targets = select_parameters(pl_module, self.include or patterns, self.exclude, self.parameters)
-        fields, self._skipped = element_fields(self._granularity, targets)
+        with sharding.whole_shapes(trainer.strategy.model):
+            targets = select_parameters(pl_module, self.include or patterns, self.exclude, self.parameters)
+            fields, self._skipped = element_fields(self._granularity, targets)
         if not fields:
             raise ValueError(f"`granularity={self.granularity!r}` fits no layer: {_reasons(self._skipped)}.")
         targets = [target for target in targets if target.name not in self._skipped]
@@ -437,7 +442,7 @@ class GradualPruning(Callback):
         if regrows or gathers:
             owned = {id(p): p for group in optimizer.param_groups for p in group["params"]}
             # A step that loss scaling is about to skip is no step.
-            if not is_scaled or all(bool(p.grad.isfinite().all()) for p in owned.values() if p.grad is not None):
+            if not is_scaled or pruner.agree(all(_is_finite(p.grad) for p in owned.values())):
                 if gathers:
                     pruner.gather_gradients(owned)
                 if regrows and not self._is_held():
@@ -552,6 +557,8 @@ class GradualPruning(Callback):
         if not self._has_started:
             return
         self._running.enforce()
+        if self._running.is_sharded:
+            self.finish(pl_module)  # now, while all processes are here: it gathers the weights
         if unknown := sorted(self._running.without_signal):
             say = rank_zero_warn if self.stage() < 1.0 else rank_zero_info
             say(
@@ -577,10 +584,12 @@ class GradualPruning(Callback):
 
     def finish(self, pl_module: nn.Module) -> None:
         """Make :attr:`pruned_module`: a copy without the pruned channels or heads, checked against the masked model."""
-        if self._structure is None or not self._has_started or self.pruned_module is not None:
+        if self._structure is None or not self._has_started or self._has_finished:
             return
         if self._running.sparsity == 0.0:
             return
+        self._has_finished = True
+        sharding.reshard(pl_module)
         try:
             self.pruned_module = smaller_copy(pl_module, self._called, self._inputs, self._structure)
         except ValueError as error:
@@ -602,6 +611,8 @@ class GradualPruning(Callback):
         if self._norms is not None:
             self._norms.detach()
         self._drop_capture()
+        if self._pruner is not None:
+            self._pruner.root = None
         self._averaged = []
         self._is_training = self._is_held = lambda: False
         self._sum_over_ranks = lambda tensor: tensor
@@ -690,6 +701,10 @@ class GradualPruning(Callback):
         if self._pruner is None:
             raise RuntimeError("GradualPruning has not been set up: it works inside `trainer.fit`.")
         return self._pruner
+
+
+def _is_finite(gradient: Tensor | None) -> bool:
+    return gradient is None or bool(sharding.local(gradient).isfinite().all())
 
 
 def _sparsities(value: Any) -> float | dict[str, float]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from lightning_compress.pruning.sharding import table
 
 _BITS_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -76,11 +79,15 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def initial_mask(weight: Tensor) -> Tensor:
+def initial_mask(weight: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Return the mask with which pruning starts: the zeros of an already sparse tensor stay pruned.
 
     A tensor whose non-zero entries are all equal was written by an initializer (zeros, identity, Dirac) and not left
     behind by pruning: all of it is kept.
+
+    Args:
+        weight: The tensor, or this process's piece of it.
+        group: The processes that hold the other pieces.
 
     Example::
 
@@ -90,11 +97,14 @@ def initial_mask(weight: Tensor) -> Tensor:
         [[True, True], [True, True]]
     """
     mask = weight != 0
-    if not bool(mask.all()):
-        kept = weight[mask]
-        if kept.numel() != 1 and (kept.numel() == 0 or bool((kept == kept[0]).all())):
-            return torch.ones_like(mask)
-    return mask
+    if group is None and bool(mask.all()):
+        return mask
+    kept = weight[mask]
+    lowest, highest = kept.aminmax() if kept.numel() else (torch.inf, -torch.inf)
+    rows = table([weight.numel() - kept.numel(), kept.numel(), float(lowest), float(highest)], group)
+    zeros, count = rows[:, :2].sum(0).tolist()
+    is_constant = count != 1 and not rows[:, 2].amin() < rows[:, 3].amax()
+    return torch.ones_like(mask) if zeros and is_constant and not rows.isnan().any() else mask
 
 
 def free_surplus_(masks: Sequence[Tensor], surplus: int) -> None:

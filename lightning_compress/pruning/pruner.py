@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,11 @@ class Pruner:
         initial_sparsity: The sparsity at the start of the ramp.
         seed: Of the random numbers that a criterion may ask for.
 
+    Attributes:
+        root: The module that ``FullyShardedDataParallel`` (FSDP1) wraps, to be set before the start; DTensors (FSDP2)
+            speak for themselves. Every process then holds the masks of its own pieces, and all of them must make the
+            same calls.
+
     Example::
 
         >>> from lightning_compress.modules import select_parameters
@@ -94,8 +99,11 @@ class Pruner:
         self.without_signal: set[str] = set()
         self._criterion = criterion
         self._units: list[Tensor] = []  # masks of the fields' units; for single weights these are the targets' masks
-        self._group: dist.ProcessGroup | None = None  # over which the parameters are sharded
-        self._sharded: dict[int, nn.Parameter] = {}
+        self.root: nn.Module | None = None
+        self._pieces: dict[int, sharding.Piece] = {}  # what this process holds of sharded parameters
+        self._held: dict[int, nn.Parameter] = {}  # those parameters
+        self._group: dist.ProcessGroup | None = None  # the processes that share them
+        self._unit_group: dist.ProcessGroup | None = None  # those that share the fields' units
         self._grown: list[Tensor] | None = None
         self._signals: list[Tensor | None] = [None] * len(self.targets)
         self._updates = 0
@@ -147,8 +155,8 @@ class Pruner:
     def pruned(self) -> dict[str, tuple[int, int]]:
         """Return for each parameter how many of its entries are pruned, and how many it has."""
         return {
-            target.name: (count, target.parameter.numel())
-            for target, count in zip(self.targets, self._pruned_entries, strict=True)
+            target.name: (count, self._shape(i).numel())
+            for i, (target, count) in enumerate(zip(self.targets, self._pruned_entries, strict=True))
         }
 
     # --- the way ------------------------------------------------------------------------------------------------------
@@ -156,7 +164,7 @@ class Pruner:
     @torch.no_grad()
     def start(self) -> None:
         """Begin afresh from the weights as they are; the zeros of an already sparse model stay."""
-        self._find_group()
+        self._locate()
         self._signals = [None] * len(self.targets)
         self._grown, self._updates, self.surplus = None, 0, 0
         self.rescued, self.without_signal = set(), set()
@@ -165,7 +173,7 @@ class Pruner:
         for path in self._paths:
             existing = sum(self._pruned[i] for i in path.fields)
             if existing > path.final:
-                if self._group is not None:
+                if self._unit_group is not None:
                     names = ", ".join(self.fields[i].name for i in path.fields)
                     raise ValueError(
                         f"`final_sparsity` asks for {path.final} zeros in {names}, which have {existing} already: "
@@ -190,6 +198,7 @@ class Pruner:
             ValueError: If a score is NaN, with the parameter's name. Nothing is pruned then.
         """
         chosen = []
+        self._share_signals()
         for path in self._paths:
             missing = path.count(done) - sum(self._pruned[i] for i in path.fields)
             if missing > 0 and (selected := self._choose(path, missing)) is not None:
@@ -222,21 +231,21 @@ class Pruner:
         candidates = {n: fields[n].candidates(_known(scores[n]), kept[n]) for n in known}
 
         def select() -> dict[int, Tensor]:
-            available = sum(self._count(candidates.values()))
+            available = sum(self._count_units(candidates.values()))
             out = select_smallest(
                 [_known(scores[n]) for n in known],
                 min(missing, available),
                 candidates=list(candidates.values()),
                 absolute=is_absolute,
                 names=[fields[n].name for n in known],
-                group=self._group,
+                group=self._unit_group,
             )
             return dict(zip(known, out, strict=True))
 
         protected: set[int] = set()
         while True:
             found = select()
-            counts = self._count([*(kept[n] for n in known), *(found[n] for n in known)])
+            counts = self._count_units([*(kept[n] for n in known), *(found[n] for n in known)])
             before_and_gone = zip(known, counts, counts[len(known) :], strict=False)
             emptied = {n for n, before, gone in before_and_gone if 0 < before == gone and n not in protected}
             if not emptied:
@@ -248,14 +257,14 @@ class Pruner:
             self.rescued |= {fields[n].name for n in emptied}
             for n in sorted(emptied):
                 place, value = _largest(_known(scores[n]), kept[n], is_absolute)
-                if sharding.holds_the_largest(value, self._group):
+                if sharding.holds_the_largest(value, self._unit_group):
                     candidates[n] = candidates[n].clone()
                     candidates[n][place] = False
 
     def _scores(self, fields: Sequence[Field]) -> tuple[list[Tensor | None], bool]:
         """Return the scores of units, ``None`` without a signal, and whether their absolute values are meant."""
-        by_weight = all(field.is_entries for field in fields)
-        is_absolute = self._criterion.is_absolute and by_weight
+        is_single = all(field.is_single for field in fields)
+        is_absolute = self._criterion.is_absolute and is_single
         scores: list[Tensor | None] = []
         for field in fields:
             own: dict[int, Tensor] = {}
@@ -264,7 +273,7 @@ class Pruner:
                 if signal is None and self._criterion.signal is not None:
                     continue
                 score = self._criterion.score(self._weight(i), signal)
-                own[i] = score.abs() if self._criterion.is_absolute and not by_weight else score
+                own[i] = score.abs() if self._criterion.is_absolute and not is_single else score
             scores.append(field.reduce(own) if len(own) == len(field.scored) else None)
         return scores, is_absolute
 
@@ -275,11 +284,13 @@ class Pruner:
             return self._signals[target]
         if self._criterion.signal == "activation":
             squares = self._signals[target]
-            return None if squares is None else input_norm(squares, self.targets[target])
+            if squares is None:
+                return None
+            norms = input_norm(squares, self.targets[target], self._shape(target))
+            return self._pieces[target].take(norms.expand(self._shape(target))) if target in self._pieces else norms
         seed = (self.seed * 1_000_003 + self._updates) * 10_007 + target
-        parameter = self._parameter(target)
-        numbers = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(seed % 2**63))
-        return sharding.scatter(numbers.to(parameter.device), parameter)
+        numbers = torch.rand(self._shape(target), generator=torch.Generator().manual_seed(seed % 2**63))
+        return self._own(target, numbers).to(self._parameter(target).device)
 
     # --- signals ------------------------------------------------------------------------------------------------------
 
@@ -294,10 +305,10 @@ class Pruner:
         if gather is None:
             return
         for i in sorted({i for field in self.fields for i in field.scored}):
-            parameter = self._parameter(i)
-            if parameter.grad is None or id(parameter) not in owned:
+            gradient = self._gradient(i, owned)
+            if gradient is None:
                 continue
-            told = gather(sharding.local(parameter.detach()), sharding.local(_dense(parameter.grad)))
+            told = gather(self._weight(i), gradient)
             previous = self._signals[i]
             self._signals[i] = told.clone() if previous is None else previous.add_(told)
 
@@ -307,6 +318,15 @@ class Pruner:
         for i, told in squares.items():
             previous = self._signals[i]
             self._signals[i] = told.clone() if previous is None else previous.add_(told)
+
+    def _share_signals(self) -> None:
+        """Begin a signal where only other processes have one: without entries of a parameter there is no gradient."""
+        if self._group is None or self._criterion.signal != "gradient":
+            return
+        is_known = sharding.table([signal is not None for signal in self._signals], self._group).any(0).tolist()
+        for i, signal in enumerate(self._signals):
+            if is_known[i] and signal is None:
+                self._signals[i] = torch.zeros_like(self._weight(i))
 
     @torch.no_grad()
     def regrow(self, share: float, owned: Collection[int]) -> None:
@@ -321,14 +341,17 @@ class Pruner:
             owned: The ``id`` of each parameter that the optimizer is about to change.
         """
         grown = self._grown or [torch.zeros_like(mask) for mask in self._units]
+        self._share_signals()
+        gradients = [self._gradient(field.members[0], owned) for field in self.fields]
+        has_gradient = sharding.table([slopes is not None for slopes in gradients], self._group).any(0).tolist()
         for i, field in enumerate(self.fields):
             [score], is_absolute = self._scores([field])
-            parameter = self._parameter(field.members[0])
-            if score is None or parameter.grad is None or id(parameter) not in owned:
+            if score is None or not has_gradient[i]:
                 continue
-            kept, slopes = self._units[i], sharding.local(_dense(parameter.grad))
+            kept, slopes = self._units[i], gradients[i]
+            slopes = torch.zeros_like(score) if slopes is None else slopes
             gone = ~kept
-            [could] = self._count([gone & (slopes != 0)])
+            [could] = self._count_units([gone & (slopes != 0)])
             count = min(int(share * min(self._pruned[i], field.size - self._pruned[i])), could)
             if count == 0:
                 continue
@@ -378,39 +401,68 @@ class Pruner:
         self._fast_masks = self.masks
         if sum(mask.numel() for mask in self.masks) <= _FEW:
             self._fast_masks = [masking.as_bits(mask, self._weight(i).dtype) for i, mask in enumerate(self.masks)]
-        kept = self._count([*self._units, *self.masks])
-        self._pruned = [field.size - count for field, count in zip(self.fields, kept, strict=False)]
-        self._pruned_entries = [
-            target.parameter.numel() - count
-            for target, count in zip(self.targets, kept[len(self.fields) :], strict=True)
+        self._pruned = [
+            field.size - count for field, count in zip(self.fields, self._count_units(self._units), strict=True)
         ]
+        entries = sharding.total(_count(self.masks), self._group)
+        self._pruned_entries = [self._shape(i).numel() - count for i, count in enumerate(entries)]
 
-    def _count(self, masks: Iterable[Tensor]) -> list[int]:
-        """Return how many entries of masks are True, over all processes that share them."""
-        return sharding.total(torch.stack([mask.count_nonzero() for mask in masks]).tolist(), self._group)
+    def _count_units(self, masks: Iterable[Tensor]) -> list[int]:
+        """Return how many units are True in masks, over all processes that share them."""
+        return sharding.total(_count(masks), self._unit_group)
 
-    def _find_group(self) -> None:
+    # --- sharded parameters -------------------------------------------------------------------------------------------
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a piece of the parameters."""
+        return self._group is not None
+
+    def agree(self, value: bool) -> bool:
+        """Return whether something holds on all processes that share the parameters."""
+        return bool(sharding.table([value], self._group).all())
+
+    def _locate(self) -> None:
+        named = [(target.name, target.parameter) for target in self.targets]
+        pieces = {i: piece for i, piece in enumerate(sharding.locate(named, self.root)) if piece is not None}
         # A sharded parameter leaves its module while that computes; the optimizer keeps it, and so do we.
-        self._sharded = {i: t.parameter for i, t in enumerate(self.targets) if sharding.is_sharded(t.parameter)}
-        self._group = sharding.group_of((target.name, target.parameter) for target in self.targets)
+        self._pieces, self._held = pieces, {i: named[i][1] for i in pieces}
+        self._group = next((piece.group for piece in pieces.values()), None)
+        for field in self.fields:
+            field.split(pieces)
+        self._unit_group = self._group if any(field.piece is not None for field in self.fields) else None
 
     def _parameter(self, target: int) -> nn.Parameter:
-        return self._sharded[target] if target in self._sharded else self.targets[target].parameter
+        return self._held[target] if target in self._held else self.targets[target].parameter
+
+    def _shape(self, target: int) -> torch.Size:
+        """Return the shape of a whole parameter."""
+        return torch.Size(self._pieces[target].shape) if target in self._pieces else self._parameter(target).shape
 
     def _weight(self, target: int) -> Tensor:
         return sharding.local(self._parameter(target).detach())
+
+    def _gradient(self, target: int, owned: Collection[int]) -> Tensor | None:
+        parameter = self._parameter(target)
+        return None if parameter.grad is None or id(parameter) not in owned else sharding.local(_dense(parameter.grad))
+
+    def _own(self, target: int, whole: Tensor) -> Tensor:
+        return self._pieces[target].take(whole) if target in self._pieces else whole
+
+    def _whole(self, target: int, part: Tensor) -> Tensor:
+        return self._pieces[target].gather(part) if target in self._pieces else part
 
     # --- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return the masks as packed bits, the signals, and where the way began: tensors and plain Python only."""
+        self._share_signals()
+        is_entries = self._criterion.signal == "gradient"
         return {
             "masks": self._packed(self._units),
             "grown": None if self._grown is None else self._packed(self._grown),
             "signals": {
-                self.targets[i].name: (
-                    signal if signal.dim() < 2 else sharding.gather(signal, self._parameter(i))
-                ).clone()
+                self.targets[i].name: (self._whole(i, signal) if is_entries else signal).clone()
                 for i, signal in enumerate(self._signals)
                 if signal is not None
             },
@@ -432,15 +484,15 @@ class Pruner:
         for field in self.fields:
             if (found := list(state["masks"][field.name]["shape"])) != list(field.shape):
                 raise ValueError(f"The checkpoint's mask of '{field.name}' has shape {found}, not {list(field.shape)}.")
-        self._find_group()
+        self._locate()
         self._units = self._unpacked(state["masks"])
         self._grown = None if state["grown"] is None else self._unpacked(state["grown"])
         places = {target.name: i for i, target in enumerate(self.targets)}
         self._signals = [None] * len(self.targets)
         for name, signal in state["signals"].items():
-            parameter = self._parameter(places[name])
-            signal = signal.to(parameter.device, copy=True)
-            self._signals[places[name]] = signal if signal.dim() < 2 else sharding.scatter(signal, parameter)
+            i = places[name]
+            signal = self._own(i, signal) if self._criterion.signal == "gradient" else signal
+            self._signals[i] = signal.to(self._parameter(i).device, copy=True)
         for path, start in zip(self._paths, state["start"], strict=True):
             path.start = start
         self._updates, self.seed = state["updates"], state["seed"]
@@ -449,7 +501,7 @@ class Pruner:
     def _packed(self, masks: Sequence[Tensor]) -> dict[str, Any]:
         out = {}
         for field, part in zip(self.fields, masks, strict=True):
-            mask = self._reshaped(field, part, sharding.gather)
+            mask = part if field.piece is None else field.piece.gather(part)
             out[field.name] = {"bits": masking.pack(mask), "shape": list(mask.shape)}
         return out
 
@@ -457,20 +509,12 @@ class Pruner:
         masks = []
         for field in self.fields:
             weight = self._weight(field.members[0])
-            mask = masking.unpack(packed[field.name]["bits"], field.shape).to(weight.device)
-            part = self._reshaped(field, mask, sharding.scatter)
+            mask = masking.unpack(packed[field.name]["bits"], field.shape)
+            part = (mask if field.piece is None else field.piece.take(mask)).to(weight.device)
             if part.shape == weight.shape:  # in the weight's memory format
                 part = torch.empty_like(weight, dtype=torch.bool).copy_(part)
             masks.append(part)
         return masks
-
-    def _reshaped(self, field: Field, units: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Gather or scatter a mask of units, which lies over the processes as the parameter's entries do."""
-        member = field.members[0]
-        if member not in self._sharded:
-            return units
-        entries = change(field.spread(units)[member], self._sharded[member])
-        return entries if field.is_entries else field.reduce({member: entries.to(torch.float32)}) > 0
 
 
 def _largest(score: Tensor, candidates: Tensor, is_absolute: bool) -> tuple[tuple[Tensor, ...], float]:
@@ -480,6 +524,10 @@ def _largest(score: Tensor, candidates: Tensor, is_absolute: bool) -> tuple[tupl
         return (), -torch.inf
     place = torch.unravel_index(values.argmax(), values.shape)
     return place, float(values[place])
+
+
+def _count(masks: Iterable[Tensor]) -> list[int]:
+    return torch.stack([mask.count_nonzero() for mask in masks]).tolist()
 
 
 def _known(value: Tensor | None) -> Tensor:

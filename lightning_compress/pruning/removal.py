@@ -11,9 +11,9 @@ import random
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from os import PathLike
@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_compress.modules import clean_name, refuse_if_no_match
@@ -36,6 +37,7 @@ from lightning_compress.pruning.coupling import (
     heads_of,
     is_computed,
 )
+from lightning_compress.pruning.sharding import original_classes
 
 __all__ = [
     "ChannelGroup",
@@ -150,6 +152,12 @@ def remove_pruned_channels(
         UserWarning: If nothing is zero throughout, or something is that cannot be cut out, by name and with the reason.
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter.detach(), DTensor):
+            raise ValueError(
+                f"Channels and heads cannot be cut: '{name}' is sharded over processes. Load the checkpoint into the "
+                f"model as it was built, and cut there."
+            )
     refused: dict[str, str] = {}
     with _undisturbed():
         if groups is None:
@@ -562,6 +570,26 @@ def difference(
     model: nn.Module, inputs: Sequence[_Inputs], gone: Mapping[ChannelGroup, Tensor], tolerance: float
 ) -> str | None:
     """Compare a model without units to itself with their outputs zero; return what differs, ``None`` if nothing."""
+    with _unrounded(model):
+        return _difference(model, inputs, gone, tolerance)
+
+
+@contextmanager
+def _unrounded(model: nn.Module) -> Iterator[None]:
+    """Switch off what rounds (any child with a switch `is_on`): a sum in another order may round to another integer."""
+    rounding = [child for child in model.modules() if getattr(child, "is_on", None) is True]
+    for child in rounding:
+        child.is_on = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for child in rounding:
+            child.is_on = True  # type: ignore[assignment]
+
+
+def _difference(
+    model: nn.Module, inputs: Sequence[_Inputs], gone: Mapping[ChannelGroup, Tensor], tolerance: float
+) -> str | None:
     with _zeroed(model, gone):
         masked = [given.run(model) for given in inputs]
     try:
@@ -698,25 +726,38 @@ def _seed() -> None:
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """Return a copy in eval mode, in float32, with gradients, and without hooks, trainer or compiled code."""
+    """Return a copy in eval mode, in float32, with gradients, and without hooks, trainer or compiled code.
+
+    Of parameters that are sharded (DTensors) it holds the whole; all processes have to call this then.
+    """
     memo: dict[int, Any] = {}
     for child in module.modules():
+        # Hooks that are part of what the module computes, as those that round, say so.
+        own = {
+            number
+            for hooks in (child._forward_hooks, child._forward_pre_hooks)
+            for number, hook in hooks.items()
+            if getattr(hook, "follows_module", False)
+        }
         for key, value in vars(child).items():
-            if key.startswith("_") and "hooks" in key and isinstance(value, dict):
-                memo[id(value)] = type(value)()
-            elif key in ("_trainer", "_fabric") and value is not None:
+            is_state = key.startswith("__composable_api_state_key")  # of `fully_shard`
+            if (is_state or (key.startswith("_") and "hooks" in key)) and isinstance(value, dict):
+                memo[id(value)] = type(value)({number: value[number] for number in value if number in own})
+            elif key in ("_trainer", "_fabric", "_device_mesh") and value is not None:
                 memo[id(value)] = None
             elif isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
     for name, parameter in module.named_parameters():
-        if hasattr(parameter, "to_local") or isinstance(parameter, nn.parameter.UninitializedParameter):
-            state = "sharded over processes" if hasattr(parameter, "to_local") else "not initialized yet"
-            raise ValueError(f"Channels and heads cannot be cut: '{name}' is {state}.")
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"Channels and heads cannot be cut: '{name}' is not initialized yet.")
+        if isinstance(tensor := parameter.detach(), DTensor):
+            memo[id(parameter)] = nn.Parameter(tensor.full_tensor(), parameter.requires_grad)
     try:
-        for child in reversed(list(module.modules())):
-            if isinstance(original := getattr(child, "_orig_mod", None), nn.Module):
-                memo[id(child)] = copy.deepcopy(original, memo)
-        model: nn.Module = copy.deepcopy(module, memo)
+        with original_classes(module):
+            for child in reversed(list(module.modules())):
+                if isinstance(original := getattr(child, "_orig_mod", None), nn.Module):
+                    memo[id(child)] = copy.deepcopy(original, memo)
+            model: nn.Module = copy.deepcopy(module, memo)
     except Exception as error:
         raise ValueError(
             f"{type(module).__name__} cannot be copied, so nothing can be tried ({_spell(error)})."
@@ -875,6 +916,15 @@ def cut(module: nn.Module, gone: Mapping[ChannelGroup, Tensor]) -> Callable[[], 
     return _assign(module, new, counts, keep)
 
 
+def _with_scales(outputs: Iterable[Slice], tensors: Mapping[str, Tensor]) -> Iterator[Slice]:
+    """Yield the outputs, and beside a weight the scales that a quantizer has learned for its channels."""
+    for part in outputs:
+        yield part
+        scale = tensors.get(name := f"{part.name}_quantizer.scale")
+        if scale is not None and scale.shape[0] == tensors[part.name].shape[part.dim] > 1:
+            yield replace(part, name=name, dim=0)
+
+
 def _kept(
     gone: Mapping[ChannelGroup, Tensor], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, dict[int, Tensor]], dict[str, int]]:
@@ -885,7 +935,7 @@ def _kept(
     for group, units in gone.items():
         if not bool(units.any()):
             continue
-        for part in (*group.outputs, *group.inputs):
+        for part in (*_with_scales(group.outputs, tensors), *group.inputs):
             positions = part.index[units.to(part.index.device)].reshape(-1)
             if part.name not in tensors:
                 counts[part.name] = counts.get(part.name, 0) + positions.numel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
+import torch
 from torch import nn
 
 from lightning_compress.example_inputs import ExampleInputs
@@ -90,6 +91,12 @@ def smaller_copy(module: nn.Module, called: str, inputs: ExampleInputs, groups: 
     smaller = _copy(module)
     whole = _Called(smaller, called) if called else smaller
     remove_pruned_channels(whole, inputs.for_forward(module.get_submodule(called) if called else module), groups=groups)
+    try:
+        with torch.no_grad():
+            given = inputs.to(next(whole.parameters()).device)
+            whole(*given.args, **given.kwargs)  # the removal has been checked without what rounds
+    except Exception as error:
+        raise ValueError(f"what rounds the weights does not fit those that are left: {error}") from error
     if called:
         smaller.set_submodule(called, whole.get_submodule(called))
     # The copy is in eval mode and float32, so that it can be tried; what comes back is as the module is.

@@ -214,3 +214,17 @@ def test_gradients() -> None:
     for layer, mask in zip(net, ours.masks, strict=True):
         assert (layer.weight.grad[~mask] == 0).all()
         assert (layer.weight.grad[mask] != 0).any()
+
+
+@pytest.mark.parametrize("kernel", [(), (3,)])
+def test_a_pattern_keeps_the_largest_of_each_group(kernel: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv1d(8, 5, 3) if kernel else nn.Linear(8, 5)
+    groups = layer.weight.detach().clone().movedim(1, -1).reshape(-1, 4)
+    expected = torch.zeros_like(groups).scatter(1, groups.abs().topk(2, dim=1).indices, 1.0) * groups
+    targets = select_parameters(nn.Sequential(layer))
+    fields, _ = element_fields(Granularity.parse("2:4"), targets)
+    made = Pruner(targets, fields, [Group(0.5, [0])], CRITERIA["magnitude"], "global")
+    made.start()
+    assert made.update(1.0)
+    assert torch.equal(layer.weight.movedim(1, -1).reshape(-1, 4), expected)
