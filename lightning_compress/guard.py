@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_compress import registry
 from lightning_compress.modules import clean_name
 from lightning_compress.moments import number, one_of
-from lightning_compress.training import callbacks, plain, publish_compressed_metrics, steps_done
+from lightning_compress.training import callbacks, is_sharded, plain, publish_compressed_metrics, steps_done
 
 _ACTIONS = {"hold": "holds compression", "rollback": "rolls the model back", "stop": "stops the run"}
 
@@ -164,10 +164,10 @@ class AccuracyGuard(Callback):
         registry.register(pl_module, self)
 
     def _refuse_rollback_beside_others(self, trainer: Trainer) -> None:
-        strategy = type(trainer.strategy).__name__
-        if strategy in ("FSDPStrategy", "ModelParallelStrategy") or "DeepSpeed" in strategy:
+        if is_sharded(trainer):
             raise ValueError(
-                f"AccuracyGuard(action='rollback') cannot keep a copy of the sharded parameters of {strategy}. Use "
+                f"AccuracyGuard(action='rollback') cannot keep a copy of the sharded parameters of "
+                f"{type(trainer.strategy).__name__}. Use "
                 f"`action='hold'` or 'stop', or Trainer(strategy='ddp')."
             )
         for other in callbacks(trainer):

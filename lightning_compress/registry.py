@@ -15,7 +15,12 @@ from torch import nn
 
 @runtime_checkable
 class Technique(Protocol):
-    """What a technique tells the others about itself."""
+    """What a technique tells the others about itself.
+
+    It may also have: ``finish(module)`` and ``pruned_module`` (see :func:`smaller_module`); ``skipped``, why modules
+    were left as they are, by name; ``has_begun_in(checkpoint)``, whether it had begun when a Lightning checkpoint was
+    written, where the weights alone do not show it; ``can_roll_back`` (see :func:`can_roll_back`).
+    """
 
     technique: str
     """The technique's name: ``"pruning"``, ``"quantization"``, …"""

@@ -24,7 +24,7 @@ from lightning_compress.example_inputs import ExampleInputs, InputCapture, is_co
 from lightning_compress.pruning.removal import profile
 from lightning_compress.report import measure, plots
 from lightning_compress.report.measure import ParameterCount, StepTimes
-from lightning_compress.training import callbacks, plain, run_length, steps_done
+from lightning_compress.training import callbacks, is_sharded, plain, run_length, steps_done
 
 SCHEMA = 1
 """The version of the layout of ``report.json``: keys are added without a new one, none is renamed or removed."""
@@ -101,7 +101,7 @@ class CompressionReport(Callback):
             raise ValueError("The trainer has two CompressionReport callbacks, which report the same: remove one.")
         self.figures, self._history, self._before = None, [], {}
         directory = self.dir or trainer.log_dir or trainer.default_root_dir  # log_dir waits for all processes
-        self._run = _Run(str(directory), time.perf_counter(), _is_sharded(trainer))
+        self._run = _Run(str(directory), time.perf_counter(), is_sharded(trainer))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the model as it comes; a resumed run has these figures from its first part."""
@@ -196,7 +196,7 @@ class CompressionReport(Callback):
             "size": self._size_figures(trainer, pl_module),
             "latency": self._latency_figures(trainer, pl_module),
             "removed": self._removed_figures(trainer, pl_module),
-            "checkpoints": list(_checkpoints(trainer, counts, techniques, sparsity)),
+            "checkpoints": list(_checkpoints(trainer, pl_module, counts, techniques, sparsity)),
             "history": self._history,
         }
         figures = measure.plain_value(figures)
@@ -485,31 +485,49 @@ def _multiply_adds(module: nn.Module, inputs: ExampleInputs) -> int | None:
 
 
 def _checkpoints(
-    trainer: Trainer, counts: Sequence[ParameterCount], techniques: Sequence[Mapping[str, Any]], final: float | None
+    trainer: Trainer,
+    pl_module: LightningModule,
+    counts: Sequence[ParameterCount],
+    techniques: Sequence[Mapping[str, Any]],
+    final: float | None,
 ) -> Iterable[dict[str, Any]]:
-    """Say how sparse each file is that a ``ModelCheckpoint`` calls the best (neuralmagic/yolov5 #112)."""
+    """Say how compressed each file is that a ``ModelCheckpoint`` calls the best (neuralmagic/yolov5 #112)."""
     claimed = _named(counts, _claimed_names(techniques))
     for callback in trainer.checkpoint_callbacks:
         path = getattr(callback, "best_model_path", "")
-        if not path or not os.path.exists(path) or not claimed:
+        if not path or not os.path.exists(path) or not techniques:
             continue
         entry: dict[str, Any] = {
             "path": str(path),
             "monitor": getattr(callback, "monitor", None),
             "sparsity": None,
             "final_sparsity": final,
+            "not_begun": [],
             "left_out": None,
         }
         try:
             if os.path.isdir(path):
                 raise ValueError("it is a folder of shards")
-            zeros, total = measure.checkpoint_zeros(path, claimed)
-            if not total:
-                raise ValueError("it holds none of the compressed parameters")
-            entry["sparsity"] = zeros / total
+            checkpoint = measure.read_checkpoint(path)
+            entry["not_begun"] = [
+                technique.technique
+                for technique in registry.techniques(pl_module)
+                if technique.stage() > 0 and _has_begun(technique, checkpoint) is False
+            ]
+            if claimed:
+                zeros, total = measure.checkpoint_zeros(checkpoint, claimed)
+                if not total:
+                    raise ValueError("it holds none of the compressed parameters")
+                entry["sparsity"] = zeros / total
         except Exception as error:  # whatever torch.load raises: a report must not end a training
             entry["left_out"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         yield entry
+
+
+def _has_begun(technique: registry.Technique, checkpoint: Mapping[str, Any]) -> bool | None:
+    """Return whether a technique had begun when a checkpoint was written, ``None`` where it shows in the weights."""
+    has_begun = getattr(technique, "has_begun_in", None)
+    return None if has_begun is None else has_begun(checkpoint)
 
 
 def _log_entries(figures: Mapping[str, Any]) -> dict[str, float]:
@@ -552,11 +570,6 @@ def _switch(value: object, name: str) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` must be True or False, got {value!r} of type {type(value).__name__}.")
     return value
-
-
-def _is_sharded(trainer: Trainer) -> bool:
-    strategy = type(trainer.strategy).__name__
-    return strategy in ("FSDPStrategy", "ModelParallelStrategy") or "DeepSpeed" in strategy
 
 
 def _name(pl_module: LightningModule) -> str:

@@ -183,15 +183,24 @@ def file_size(state: Mapping[str, Any], deflate: bool = True) -> FileSize:
     return file.finish()
 
 
-def checkpoint_zeros(path: str, counts: Iterable[ParameterCount]) -> tuple[int, int]:
-    """Return the zeros and the values that some parameters have in a Lightning checkpoint's ``state_dict``.
-
-    Parameters that the file lacks count nothing. The file is mapped, not read whole, and runs no code of its own.
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Return what a Lightning checkpoint holds. The file is mapped, not read whole, and runs no code of its own.
 
     Raises:
-        Exception: Whatever ``torch.load(weights_only=True)`` raises, or ``KeyError`` without a ``state_dict``.
+        Exception: Whatever ``torch.load(weights_only=True)`` raises.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return checkpoint
+
+
+def checkpoint_zeros(checkpoint: Mapping[str, Any], counts: Iterable[ParameterCount]) -> tuple[int, int]:
+    """Return the zeros and the values that some parameters have in a Lightning checkpoint's ``state_dict``.
+
+    Parameters that the file lacks count nothing.
+
+    Raises:
+        KeyError: Without a ``state_dict``.
+    """
     state = {clean_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
     tensors = []
     for count in counts:
@@ -435,6 +444,7 @@ def verdict(figures: Mapping[str, Any]) -> list[str]:
         ['The zeros are stored dense and computed dense: in this format the model is neither smaller nor faster.']
     """
     totals, before, size = figures["totals"], figures["before"], figures.get("size", {})
+    rows = figures.get("parameters", ())
     sentences = []
     removed = before.get("parameters", 0) - totals["parameters"]
     if removed > 0:
@@ -455,13 +465,19 @@ def verdict(figures: Mapping[str, Any]) -> list[str]:
         sentences.append(f"{sentence}.")
     elif removed <= 0 and not figures.get("techniques"):
         sentences.append("Nothing was compressed: no technique acted on this model.")
+    bits = sorted({facts["bits"] for row in rows for facts in row["techniques"].values() if facts.get("bits", 32) < 32})
+    if bits:
+        spelled = " and ".join(map(str, bits))
+        sentences.append(
+            f"Weights are rounded to {spelled} bits as the model runs, and still stored as floats here: a file of "
+            f"integers is made by export."
+        )
     if cut := figures.get("removed"):
         sentences.append(_spell_removed(cut["masked"], cut["cut"]))
     for technique in figures.get("techniques", ()):
         if skipped := technique.get("skipped"):
             reasons = "; ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:6])
             sentences.append(f"{technique['callback']} left as they are: {reasons}.")
-    rows = figures.get("parameters", ())
     if any(_is_claimed(row) for row in rows):
         alone = [row for row in rows if len(row["shape"]) > 1 and not _is_claimed(row)]
         if alone:

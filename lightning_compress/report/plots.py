@@ -200,8 +200,13 @@ def _words(figures: Mapping[str, Any]) -> list[tuple[str, bool]]:
 
 def _checkpoint_words(checkpoint: Mapping[str, Any]) -> tuple[str, bool]:
     path, sparsity, final = checkpoint["path"], checkpoint["sparsity"], checkpoint["final_sparsity"]
-    if sparsity is None:
+    if checkpoint["left_out"] is not None:
         return f"best_model_path {path} could not be read ({checkpoint['left_out']}).", True
+    if checkpoint["not_begun"]:
+        sparse = "" if sparsity is None else f" ({sparsity:.4f} sparse, the final model {final:.4f})"
+        return f"best_model_path {path} was written before {' and '.join(checkpoint['not_begun'])} began{sparse}.", True
+    if sparsity is None:
+        return f"best_model_path {path} is compressed as the final model is.", False
     if abs(sparsity - final) > 1e-6:
         return f"best_model_path {path} is {sparsity:.4f} sparse, the final model {final:.4f}.", True
     return f"best_model_path {path} is as sparse as the final model ({final:.4f}).", False

@@ -90,11 +90,11 @@ def test_checkpoint_zeros(tmp_path):
     counts = measure.count_parameters(model)
     path = str(tmp_path / "a.ckpt")
     torch.save({"state_dict": model.state_dict()}, path)
-    assert measure.checkpoint_zeros(path, counts) == (20, 80)
+    assert measure.checkpoint_zeros(measure.read_checkpoint(path), counts) == (20, 80)
     torch.save({"state_dict": {"_orig_mod.head.weight": model.head.weight}}, path)
-    assert measure.checkpoint_zeros(path, counts) == (20, 80)
+    assert measure.checkpoint_zeros(measure.read_checkpoint(path), counts) == (20, 80)
     torch.save({"state_dict": {}}, path)
-    assert measure.checkpoint_zeros(path, counts) == (0, 0)
+    assert measure.checkpoint_zeros(measure.read_checkpoint(path), counts) == (0, 0)
 
 
 # Inputs
