@@ -3,8 +3,15 @@
 from lightning_compress.guard import AccuracyGuard
 from lightning_compress.learning_rate import LearningRateSchedule
 from lightning_compress.pruning import GradualPruning
+from lightning_compress.quantization import QuantizationAwareTraining
 from lightning_compress.report import CompressionReport
 
 __version__ = "0.1.0"
 
-__all__ = ["AccuracyGuard", "CompressionReport", "GradualPruning", "LearningRateSchedule"]
+__all__ = [
+    "AccuracyGuard",
+    "CompressionReport",
+    "GradualPruning",
+    "LearningRateSchedule",
+    "QuantizationAwareTraining",
+]

@@ -12,8 +12,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lightning_compress import AccuracyGuard, CompressionReport, GradualPruning, LearningRateSchedule
+from lightning_compress import (
+    AccuracyGuard,
+    CompressionReport,
+    GradualPruning,
+    LearningRateSchedule,
+    QuantizationAwareTraining,
+)
 from lightning_compress.modules import clean_name
+from lightning_compress.quantization.layers import QuantizedLayer
 from tests.helpers import zeros
 
 
@@ -85,6 +92,20 @@ def _connections(criterion: str, **kwargs: Any) -> Row:
     )
 
 
+def _quantized(**kwargs: Any) -> Row:
+    def check(module: LightningModule, callback: Any, trainer: Trainer) -> None:
+        assert callback.stage() == 1.0
+        assert not callback.blind()
+        for layer in module.modules():
+            if isinstance(layer, QuantizedLayer):
+                # As many values as the bits allow, zero among them.
+                rows = layer.weight_quantizer._rows(layer.quantized_weight().detach())
+                assert all(len(row.unique()) <= 2**callback.weight_bits for row in rows)
+                assert (layer.quantized_weight()[layer.weight == 0] == 0).all()
+
+    return Row(lambda path: QuantizationAwareTraining(begin=0.3, freeze_ranges=0.7, **kwargs), check)
+
+
 ROWS = {
     "pruning": Row(lambda path: GradualPruning(0.8, begin=0.1, end=0.6, every=2), _is_pruned),
     "pruning_erk": Row(
@@ -107,6 +128,12 @@ ROWS = {
         ),
         _channels_are_pruned,
     ),
+    "quantization": _quantized(),
+    "quantization_minmax_affine": _quantized(
+        weight_bits=4, scheme="affine", range="minmax", granularity="tensor", activation_bits=None
+    ),
+    "quantization_learned": _quantized(weight_bits=3, activation_bits=4, range="learned"),
+    "quantization_groups": _quantized(weight_bits=2, granularity="group:4"),
     "guard": Row(
         lambda path: AccuracyGuard("val_acc", tolerance=0.9, action="rollback"),
         lambda module, callback, trainer: None,
@@ -119,4 +146,4 @@ ROWS = {
 ALONE = {name: row for name, row in ROWS.items() if row.is_alone}
 
 # One of each class, for the runs that have all of them.
-TOGETHER = ("pruning", "learning_rate", "report", "guard")
+TOGETHER = ("pruning", "quantization", "learning_rate", "report", "guard")

@@ -228,10 +228,14 @@ class InfiniteGradientAt(Callback):
 
 
 def hooks_of(module: LightningModule, trainer: Trainer | None = None) -> int:
-    """Count the hooks on a module, its parameters and the trainer's optimizers."""
+    """Count the hooks on a module, its parameters and the trainer's optimizers.
+
+    Those of quantizers do not count: they are meant to stay, so that what is tested and exported is what was trained.
+    """
     count = 0
     for child in module.modules():
-        count += len(child._forward_hooks) + len(child._forward_pre_hooks)
+        for hook in (*child._forward_hooks.values(), *child._forward_pre_hooks.values()):
+            count += getattr(hook, "__module__", "") != "lightning_compress.quantization.layers"
         count += len(child._backward_hooks) + len(child._backward_pre_hooks)
     for parameter in module.parameters():
         count += len(parameter._backward_hooks or ()) + len(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import subprocess
@@ -245,7 +244,13 @@ def test_barebones_and_fast_dev_run(tmp_path: Path, row: Any) -> None:
         run.fit(module, StatefulLoader(), held_out())
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(TOGETHER)), ids="-".join)
+# Every callback comes first, last, and right before and after others; all permutations would be minutes.
+ORDERS = [
+    tuple(order[i:] + order[:i]) for order in (list(TOGETHER), list(reversed(TOGETHER))) for i in range(len(TOGETHER))
+]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
 def test_all_together_in_any_order(tmp_path: Path, order: tuple[str, ...]) -> None:
     module, callbacks = seeded(Net), {name: ROWS[name].make(tmp_path) for name in order}
     run = trainer(tmp_path, callbacks.values())

@@ -25,7 +25,7 @@ data = Data()
 """
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/pruning.md", "docs/removal.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/pruning.md", "docs/quantization.md", "docs/removal.md"])
 def test_the_code_of_the_page_runs(tmp_path: Path, page: str) -> None:
     blocks = BLOCK.findall((ROOT / page).read_text())
     assert blocks

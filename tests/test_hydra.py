@@ -127,6 +127,7 @@ def test_a_recipe_makes_callbacks_of_ours_only(name: str, app: Path) -> None:
         ("[report,learning_rate,pruning]", ["report", "learning_rate", "pruning"]),
         ("prune", ["pruning", "learning_rate", "report"]),
         ("[prune,report]", ["pruning", "learning_rate", "report"]),
+        ("prune_qat", ["pruning", "quantization", "learning_rate", "report"]),
     ],
 )
 def test_callbacks_join_those_of_the_app(app: Path, group: str, asked: str, given: Sequence[str]) -> None:
@@ -136,9 +137,15 @@ def test_callbacks_join_those_of_the_app(app: Path, group: str, asked: str, give
     assert config.callbacks.own == {"_target_": "collections.Counter"}
 
 
-def test_a_recipe_takes_the_place_of_a_configured_scheduler(app: Path) -> None:
-    assert compose(app, "+compress@callbacks=prune").callbacks.learning_rate.override is True
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_takes_the_place_of_a_configured_scheduler(name: str, app: Path) -> None:
+    assert compose(app, f"+compress@callbacks={name}").callbacks.learning_rate.override is True
     assert compose(app, "+compress@callbacks=learning_rate").callbacks.learning_rate.override is False
+
+
+def test_rounding_begins_when_the_ramp_of_pruning_has_ended(app: Path) -> None:
+    callbacks = compose(app, "+compress@callbacks=prune_qat").callbacks
+    assert callbacks.pruning.end == callbacks.quantization.begin
 
 
 def test_arguments_are_set_and_callbacks_left_out_by_further_overrides(app: Path) -> None:
