@@ -34,6 +34,16 @@ pytest.importorskip("onnxscript")
 X = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
 
 
+def _normal(*shape: int, seed: int) -> Tensor:
+    # In nets of random weights one inner number that onnxruntime rounds to its neighbour moves nine outputs.
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 def run(path: Path, *inputs: Tensor) -> Tensor:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -107,11 +117,11 @@ def test_a_float_module_is_written_as_it_is(tmp_path: Path) -> None:
     [
         pytest.param(mlp, (X,), {"scheme": "affine", "weight_bits": 4}, 3, 0, id="mlp-affine-4"),
         pytest.param(mlp, (X,), {"granularity": 32}, 0, 3, id="mlp-groups"),
-        pytest.param(Moving, (torch.randn(8, 1, 10, 10),), {}, 4, 0, id="moving"),
+        pytest.param(Moving, (_normal(8, 1, 10, 10, seed=1),), {}, 4, 0, id="moving"),
         pytest.param(Encoder, (X.view(16, 4, 16),), {}, 9, 0, id="encoder"),
         pytest.param(Encoder, (X.view(16, 4, 16),), {"granularity": 16, "weight_bits": 4}, 2, 7, id="encoder-groups"),
         # onnxruntime has no integer kernel for transposed convolutions, and none for one whose result is not rounded.
-        pytest.param(transposed, (torch.randn(4, 3, 6, 6),), {}, 1, 2, id="transposed-one-output"),
+        pytest.param(transposed, (_normal(4, 3, 6, 6, seed=2),), {}, 1, 2, id="transposed-one-output"),
     ],
 )
 def test_agrees(make: Any, inputs: Any, settings: Any, integer: int, float_: int, tmp_path: Path) -> None:

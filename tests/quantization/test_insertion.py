@@ -323,6 +323,28 @@ def test_case_9_one_activation_module_has_a_range_for_each_use() -> None:
     assert snr.item() >= 30
 
 
+def test_a_shared_layer_has_a_range_for_each_use() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.shared(100 * self.last(self.shared(x))))
+
+    torch.manual_seed(0)
+    model = Net()
+    insertion = insert(model, Settings(range="minmax"))
+    assert not insertion.untraced
+    seen: list[Tensor] = []
+    model.shared.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    train(model, insertion, [rows()], steps=1)
+    assert isinstance(model.shared.output_quantizer, PerUse)
+    highs = [float(q.high) for q in model.shared.output_quantizer.quantizers]
+    assert highs == pytest.approx([output.max().item() for output in seen], rel=0.02)
+    assert highs[1] > 5 * highs[0]
+
+
 def test_shared_blocks_and_constants_are_counted_right() -> None:
     """One block used twice, with inputs of unlike size; its sum has a range for each use."""
 
@@ -483,9 +505,10 @@ def test_a_layer_has_one_owner() -> None:
     assert not any(isinstance(child, Quantizer) for child in model.modules())
 
 
-def test_two_owners_of_parts_of_a_residual_model() -> None:
+@pytest.mark.parametrize("pattern", ["one.*", "head", "[!h]*"])
+def test_two_owners_of_parts_of_a_residual_model(pattern: str) -> None:
     model, data = make("cnn")
-    first, second = insert(model, Settings(8), include=["one.*"]), insert(model, Settings(4), exclude=["one.*"])
+    first, second = insert(model, Settings(8), include=[pattern]), insert(model, Settings(4), exclude=[pattern])
     assert not second.untraced
     train(model, first, [data()])
     train(model, second, [data()])
@@ -710,9 +733,10 @@ def test_an_attentions_projection_goes_with_it() -> None:
     assert not hasattr(net.attention, "context_quantizer")
 
 
+@pytest.mark.parametrize("activation_bits", [8, None])
 @pytest.mark.parametrize("is_norm_first", [True, False])
 @pytest.mark.parametrize("is_batch_first", [True, False])
-def test_transformer_encoder(is_batch_first: bool, is_norm_first: bool) -> None:
+def test_transformer_encoder(is_batch_first: bool, is_norm_first: bool, activation_bits: int | None) -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=is_batch_first, norm_first=is_norm_first)
     plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=is_batch_first and not is_norm_first)
@@ -721,7 +745,7 @@ def test_transformer_encoder(is_batch_first: bool, is_norm_first: bool) -> None:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
     ours = copy.deepcopy(plain)
     had_nested = ours.use_nested_tensor
-    insertion = insert(ours, Settings(4, 8))
+    insertion = insert(ours, Settings(4, activation_bits))
     x = torch.randn(3, 5, 8) if is_batch_first else torch.randn(5, 3, 8)
     padding = torch.zeros(3, 5, dtype=torch.bool)
     padding[0, 3:] = True
