@@ -217,6 +217,8 @@ def _copy(module: nn.Module) -> nn.Module:
             memo[id(child)] = copy.deepcopy(original, memo)
     copied: nn.Module = copy.deepcopy(module, memo)
     for child in copied.modules():
+        vars(child).pop("_insertions", None)  # it holds the float weights
+    for child in copied.modules():
         child._compiled_call_impl = None  # of `module.compile()`
         stand_in = vars(child).get("forward")
         if stand_in is not None and type(stand_in).__module__ == functional.__name__:

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from omegaconf import OmegaConf
 from torch import nn
 
-from lightning_compress import registry
+from lightning_compress import QuantizationAwareTraining, registry
 from lightning_compress.pruning import GradualPruning
 from lightning_compress.report import CompressionReport
 from tests.helpers import (
@@ -343,6 +343,20 @@ def test_the_best_checkpoint_is_said_to_be_dense(tmp_path, capsys):
     pruned, total = zeros(module)
     assert entry["final_sparsity"] == pruned / total == pytest.approx(0.95, abs=1 / total)
     assert re.search(r"! best_model_path .* is 0\.0000 sparse, the final model 0\.9492\.", text(capsys))
+
+
+@pytest.mark.filterwarnings("ignore:ModelCheckpoint.* may keep an epoch that is not compressed")
+def test_the_best_checkpoint_is_said_to_be_float(tmp_path, capsys):
+    class Falling(Net):
+        def on_validation_epoch_end(self):
+            self.log("score", -float(self.current_epoch))
+
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", monitor="score", mode="max")
+    quantization = QuantizationAwareTraining(begin=0.5)
+    _, _, report = fit(tmp_path, [quantization, checkpoint], seeded(Falling), max_epochs=4, enable_checkpointing=True)
+    (entry,) = read(report)["checkpoints"]
+    assert (entry["sparsity"], entry["not_begun"], entry["left_out"]) == (None, ["quantization"], None)
+    assert re.search(r"! best_model_path .* was written before quantization began", text(capsys))
 
 
 def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path, capsys):
