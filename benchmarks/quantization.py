@@ -29,6 +29,7 @@ import copy
 import logging
 import statistics
 import tempfile
+import threading
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -220,6 +221,24 @@ def overhead_of(case: str, steps: int) -> list[L.Callback]:
     return [QuantizationAwareTraining(begin=begin, freeze_ranges=freeze, freeze_batchnorm=freeze, **more)]
 
 
+class Meet(L.Callback):
+    """Two Trainers set up one after the other before either trains: tracing one model patches all modules' calls."""
+
+    def __init__(self, ready: threading.Event, go: threading.Event, *, is_first: bool) -> None:
+        self.ready, self.go, self.is_first = ready, go, is_first
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not self.is_first:
+            self.ready.wait(60)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.is_first:
+            self.ready.set()
+            self.go.wait(60)
+        else:
+            self.go.set()
+
+
 def relative(plain: list[float], other: list[float]) -> str:
     """Each of the others against the plain ones before and after it, so that a drift of the machine cancels."""
     around = [(a + b) / 2 for a, b in zip(plain, [*plain[1:], plain[-1]], strict=True)]
@@ -241,7 +260,9 @@ def overhead(arguments: argparse.Namespace) -> None:
     for model in arguments.models:
         for case in arguments.cases:
             steps = block * (arguments.turns + 2)
-            pairs = [], overhead_of(case, steps)
+            events = threading.Event(), threading.Event()
+            first, second = Meet(*events, is_first=True), Meet(*events, is_first=False)
+            pairs = [first], [second, *overhead_of(case, steps)]
             plain, own = take_turns(data, model, pairs, steps, block, channels_last=False)
             plain, own = plain[2:], own[2:]
             goal = CASES[case]
