@@ -55,12 +55,19 @@ class FunctionalQuantizers(nn.Module):
         self.functions, self.calls = functions, calls
         self.quantizers = nn.ModuleDict(quantizers)
         self.use = self.index = 0
+        self.known: set[Any] = set()
+
+    def is_idle(self, way: Any) -> bool:
+        """Whether there is nothing to round, nor to hold against the trace: this way of calling has been already."""
+        # Learned scales that are off still need their gradient of 0.
+        waits = (getattr(q, "is_on", True) or q.scale is not None for q in self.quantizers.values())
+        return (self.use, way) in self.known and not any(waits)
 
     def begin(self) -> None:
         """Begin to count the calls of one run."""
         self.index = 0
 
-    def end(self, module: nn.Module) -> None:
+    def end(self, module: nn.Module, way: Any) -> None:
         """Hold a run against the trace, and go on to the next."""
         if self.index != self.calls[self.use]:
             raise RuntimeError(
@@ -69,6 +76,7 @@ class FunctionalQuantizers(nn.Module):
                 f"product is which? Move what depends on an argument into a module of its own, or give "
                 f"QuantizationAwareTraining(activation_bits=None)."
             )
+        self.known.add((self.use, way))
         self.use = (self.use + 1) % len(self.calls)
 
     def round(self, name: str, output: Any) -> Any:
@@ -92,6 +100,11 @@ class _Watch(TorchFunctionMode):
             return self.quantizers.round(function_name(func), output)
 
 
+def _kind(value: Any) -> Any:
+    """Return what of an argument a forward that can be traced may branch on."""
+    return value if value is None or isinstance(value, bool) else type(value)
+
+
 class _WatchedForward:
     """Stands in for a module's forward; a class of its own, so that the module can still be copied and pickled."""
 
@@ -104,14 +117,15 @@ class _WatchedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         quantizers: Any = getattr(self.module, "functional_quantizers", None)
+        way = (*map(_kind, args), *((name, _kind(kwargs[name])) for name in sorted(kwargs)))
         _running.append(quantizers)
         try:
-            if quantizers is None:
+            if quantizers is None or quantizers.is_idle(way):
                 return type(self.module).forward(self.module, *args, **kwargs)
             quantizers.begin()
             with _Watch(quantizers):
                 output = type(self.module).forward(self.module, *args, **kwargs)
-            quantizers.end(self.module)
+            quantizers.end(self.module, way)
             return output
         finally:
             _running.pop()
@@ -125,8 +139,13 @@ def watch(module: nn.Module, quantizers: FunctionalQuantizers | None) -> None:
         module.forward = _WatchedForward(module)
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Return whether something stands in for a module's forward."""
+    return isinstance(module.__dict__.get("forward"), _WatchedForward)
+
+
 def unwatch(module: nn.Module) -> None:
     """Give a module its forward back."""
-    if isinstance(module.__dict__.get("forward"), _WatchedForward):
+    if is_watched(module):
         del module.__dict__["forward"]
         module._modules.pop("functional_quantizers", None)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_compress.quantization.functional import _WatchedForward
+from lightning_compress.quantization.functional import _Watch, _WatchedForward
 from lightning_compress.quantization.insertion import Insertion, Settings, dequantize, insert, insertions
 from lightning_compress.quantization.layers import (
     ActivationQuantizer,
@@ -892,3 +892,23 @@ def test_quantizers_are_what_they_say() -> None:
     assert {q.bits for q in insertion.observers.values()} == {6}
     assert PerUse not in kinds or insertion.counters
     assert "4 bits, symmetric" in repr(model)
+
+
+@pytest.mark.parametrize(("range", "passes"), [("moving_average", 1), ("learned", 3)])
+def test_a_watched_forward_costs_nothing_before_it_rounds(
+    range: Any, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it has been held against the trace; learned scales are passed by in each forward, for DDP."""
+    net, x = nn.Sequential(Residual(), nn.Conv2d(8, 4, 1)), torch.randn(4, 8, 6, 6)
+    insertion, entered = insert(net, Settings(range=range)), []
+    enter = _Watch.__enter__
+    monkeypatch.setattr(_Watch, "__enter__", lambda self: (entered.append(self), enter(self))[1])
+    for _ in itertools.repeat(None, 3):
+        net(x)
+    assert len(entered) == passes
+    insertion.switch(True)
+    insertion.observe(True)
+    insertion.start_pass()
+    net(x)
+    assert len(entered) == passes + 1
+    assert all(quantizer.has_seen for quantizer in insertion.observers.values())
