@@ -412,7 +412,7 @@ def take_turns(
             make_trainer([*pairs[which], turns[which]], 1).fit(module, batches)
         except BaseException as error:
             errors.append(error)
-            turns[which].other.release()
+            turns[which].other.release(steps)  # the other goes on alone to its end
 
     threads = [threading.Thread(target=fit, args=(which,)) for which in range(2)]
     for thread in threads:
@@ -423,6 +423,17 @@ def take_turns(
     if errors:
         raise errors[0]
     return turns[0].seconds, turns[1].seconds
+
+
+def ratios(plain: list[float], other: list[float]) -> list[float]:
+    """Return each of the others over the plain ones before and after it: a drift of the machine cancels."""
+    around = [(a + b) / 2 for a, b in zip(plain, [*plain[1:], plain[-1]], strict=True)]
+    return [b / a for a, b in zip(around, other, strict=True)]
+
+
+def clock_name() -> str:
+    """Return what `TakeTurns` measures."""
+    return "CPU time" if torch.get_num_threads() == 1 else "wall time"
 
 
 class PruneOnce(L.Callback):
@@ -450,11 +461,10 @@ CASES = ("plain", "masks enforced", "gathering gradients", "gathering activation
 
 def overhead(arguments: argparse.Namespace) -> None:
     data, block = load(), arguments.block
-    clock = "CPU time" if torch.get_num_threads() == 1 else "wall time"
     heading = (
         f"Training step with masks, beside the plain one. {software()}, batch {BATCH}, Adam; two Trainers taking turns "
-        f"of {block} steps in one process, {clock}; medians of {arguments.turns} turns, quartiles in brackets; the "
-        f"first two turns and all updates of masks are left out."
+        f"of {block} steps in one process, {clock_name()}; medians of {arguments.turns} turns, quartiles in brackets; "
+        f"the first two turns and all updates of masks are left out."
     )
     table = Table()
     for column in ("model", "case", "plain ms", "ms", "overhead"):
@@ -466,10 +476,7 @@ def overhead(arguments: argparse.Namespace) -> None:
             channels_last = case != "torch.nn.utils.prune"
             plain, pruned = take_turns(data, model, pairs, steps, block, channels_last=channels_last)
             plain, pruned = plain[2:], pruned[2:]
-            # each pruned turn against the plain ones before and after it: a drift of the machine cancels
-            around = [(a + b) / 2 for a, b in zip(plain, [*plain[1:], plain[-1]], strict=True)]
-            ratios = [100 * (own / other - 1) for own, other in zip(pruned, around, strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
+            low, middle, high = statistics.quantiles([100 * (r - 1) for r in ratios(plain, pruned)], n=4)
             row = (
                 f"{1000 * statistics.median(plain):.2f}",
                 f"{1000 * statistics.median(pruned):.2f}",

@@ -46,10 +46,12 @@ from pruning import (
     Cache,
     Classifier,
     _value,
+    clock_name,
     console,
     load,
     make_module,
     make_trainer,
+    ratios,
     software,
     take_turns,
 )
@@ -239,19 +241,11 @@ class Meet(L.Callback):
             self.go.set()
 
 
-def relative(plain: list[float], other: list[float]) -> str:
-    """Each of the others against the plain ones before and after it, so that a drift of the machine cancels."""
-    around = [(a + b) / 2 for a, b in zip(plain, [*plain[1:], plain[-1]], strict=True)]
-    low, middle, high = statistics.quantiles([b / a for a, b in zip(around, other, strict=True)], n=4)
-    return f"{middle:.3f} ({low:.3f} … {high:.3f})"
-
-
 def overhead(arguments: argparse.Namespace) -> None:
     data, block = load(), arguments.block
-    clock = "CPU time" if torch.get_num_threads() == 1 else "wall time"
     heading = (
         f"Training step with QuantizationAwareTraining over the plain one. {software()}, batch {BATCH}, Adam; two "
-        f"Trainers taking turns of {block} steps in one process, {clock}; medians of {arguments.turns} turns, "
+        f"Trainers taking turns of {block} steps in one process, {clock_name()}; medians of {arguments.turns} turns, "
         f"quartiles in brackets; 8/8 where nothing else is said."
     )
     table = Table()
@@ -266,10 +260,11 @@ def overhead(arguments: argparse.Namespace) -> None:
             plain, own = take_turns(data, model, pairs, steps, block, channels_last=False)
             plain, own = plain[2:], own[2:]
             goal = CASES[case]
+            low, middle, high = statistics.quantiles(ratios(plain, own), n=4)
             row = (
                 f"{1000 * statistics.median(plain):.2f}",
                 f"{1000 * statistics.median(own):.2f}",
-                relative(plain, own),
+                f"{middle:.3f} ({low:.3f} … {high:.3f})",
                 "" if goal is None else f"≤ {goal:g}",
             )
             table.add_row(model, case, *row)
@@ -310,7 +305,6 @@ def take_turns_of_sessions(sessions: dict[str, Any], x: Tensor, turns: int, budg
 def latency(arguments: argparse.Namespace) -> None:
     data = load(arguments.split)
     images, labels = data.held_out.images, data.held_out.labels
-    clock = "CPU time" if torch.get_num_threads() == 1 else "wall time"
     for model in arguments.models:
         epochs, rate = arguments.epochs or EPOCHS[model], RATES[model]
         table = Table("")
@@ -357,9 +351,10 @@ def latency(arguments: argparse.Namespace) -> None:
 
         heading = (
             f"{model}: files of the network trained for {epochs} epochs, beside the same network in float. onnxruntime "
-            f"{onnxruntime.__version__}, {software()}; ms a call and speed over float, sessions taking turns, {clock}, "
-            f"medians of {arguments.turns} turns, quartiles in brackets. Agreement with torch on 1,000 held-out "
-            f"images; logits: the largest difference, in 255ths of the span of all logits, and images with one above 1."
+            f"{onnxruntime.__version__}, {software()}; ms a call and speed over float, sessions taking turns, "
+            f"{clock_name()}, medians of {arguments.turns} turns, quartiles in brackets. Agreement with torch on "
+            f"1,000 held-out images; logits: the largest difference, in 255ths of the span of all logits, and images "
+            f"with one above 1."
         )
         console.print(heading, table, sep="\n")
 
