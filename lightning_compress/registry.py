@@ -123,6 +123,24 @@ def smaller_module(module: nn.Module) -> nn.Module | None:
     return min(modules, key=lambda smaller: sum(p.numel() for p in smaller.parameters()), default=None)
 
 
+def suffix(module: nn.Module, technique: Technique) -> str:
+    """Return what tells the metrics of several objects of one technique apart: ``""`` for the only one, else ``"_0"``.
+
+    Example::
+
+        >>> class Prunes:
+        ...     technique = "pruning"
+        >>> module, first, second = nn.Linear(2, 2), Prunes(), Prunes()
+        >>> register(module, first)
+        >>> alone = suffix(module, first)
+        >>> register(module, second)
+        >>> alone, suffix(module, second)
+        ('', '_1')
+    """
+    alike = [other for other in techniques(module) if other.technique == technique.technique]
+    return f"_{alike.index(technique)}" if len(alike) > 1 else ""
+
+
 def techniques(module: nn.Module) -> list[Technique]:
     """Return the techniques that act on a module, in the order in which they registered."""
     entry = _entries.get(module)

@@ -537,11 +537,9 @@ class GradualPruning(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool, on_epoch: bool) -> None:
         if trainer.barebones:
             return
-        others = [other for other in registry.techniques(pl_module) if other.technique == self.technique]
-        suffix = f"_{others.index(self)}" if len(others) > 1 else ""
         value = torch.tensor(self._running.sparsity, dtype=torch.float64)
         pl_module.log(
-            f"compress/sparsity{suffix}",
+            f"compress/sparsity{registry.suffix(pl_module, self)}",
             value.float(),
             on_step=on_step,
             on_epoch=on_epoch,

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.attention import PlainMultiheadAttention
 from lightning_compress.modules import WEIGHTED, clean_name
 
 
@@ -571,7 +572,7 @@ def find_attentions(model: nn.Module) -> tuple[list[Attention], dict[str, str]]:
     for name, child in modules.items():
         prefix = f"{name}." if name else ""
         if isinstance(child, nn.MultiheadAttention):
-            if type(child).forward in (nn.MultiheadAttention.forward, PrunedMultiheadAttention.forward):
+            if isinstance(child, PlainMultiheadAttention) or type(child).forward is nn.MultiheadAttention.forward:
                 heads = child.num_heads
                 found.append(Attention(name, child, (), f"{prefix}out_proj", heads, heads, child.head_dim))
             else:
@@ -652,77 +653,8 @@ def heads_of(attention: Attention, tensors: dict[str, Tensor]) -> ChannelGroup |
     return ChannelGroup(name, heads, tuple(outputs), (), (name,), blocks)
 
 
-class PrunedMultiheadAttention(nn.MultiheadAttention):
+class PrunedMultiheadAttention(PlainMultiheadAttention):
     """What becomes of ``nn.MultiheadAttention`` when heads are cut out: fewer heads of the same size.
 
     Parameters keep their names and the arguments of `forward` their meaning.
     """
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend with the heads that are left."""
-        is_batched = query.dim() == 3
-        if not is_batched:
-            query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        elif not self.batch_first:
-            query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-        if is_causal and attn_mask is None:
-            raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
-        weights = (
-            self.in_proj_weight.chunk(3)
-            if self.in_proj_weight is not None
-            else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        )
-        biases = self.in_proj_bias.chunk(3) if self.in_proj_bias is not None else (None, None, None)
-        q, k, v = (
-            nn.functional.linear(x, weight, bias)
-            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
-        )
-        batch = q.shape[0]
-        extra = 0
-        if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.expand(batch, 1, -1)], dim=1)
-            v = torch.cat([v, self.bias_v.expand(batch, 1, -1)], dim=1)
-            extra += 1
-        if self.add_zero_attn:
-            k, v = (torch.cat([x, x.new_zeros(batch, 1, x.shape[2])], dim=1) for x in (k, v))
-            extra += 1
-        q, k, v = (x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
-        mask = self._added(attn_mask, key_padding_mask, q, extra)
-        dropout = self.dropout if self.training else 0.0
-        probabilities = None
-        if need_weights:
-            scores = q @ k.transpose(2, 3) * self.head_dim**-0.5
-            probabilities = (scores if mask is None else scores + mask).softmax(-1)
-            probabilities = nn.functional.dropout(probabilities, dropout)
-            out = probabilities @ v
-            probabilities = probabilities.mean(1) if average_attn_weights else probabilities
-        else:
-            out = nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout)
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
-        if not is_batched:
-            return out.squeeze(0), None if probabilities is None else probabilities.squeeze(0)
-        return out if self.batch_first else out.transpose(0, 1), probabilities
-
-    def _added(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, extra: int) -> Tensor | None:
-        """Return both masks as one to add to the scores, of shape (batch or 1, heads or 1, queries or 1, keys)."""
-        total = None
-        if attn_mask is not None:
-            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads)) if attn_mask.dim() == 3 else attn_mask[None, None]
-        for mask in (attn_mask, None if padding is None else padding[:, None, None]):
-            if mask is not None:
-                if mask.dtype == torch.bool:
-                    mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(mask, -torch.inf)
-                mask = nn.functional.pad(mask.to(q.dtype), (0, extra))
-                total = mask if total is None else total + mask
-        return total

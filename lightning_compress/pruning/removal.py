@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_compress.attention import PlainMultiheadAttention
+from lightning_compress.copying import standalone_copy
 from lightning_compress.modules import clean_name, refuse_if_no_match
 from lightning_compress.pruning.coupling import (
     Attention,
@@ -731,22 +733,6 @@ def _copy(module: nn.Module) -> nn.Module:
     Of parameters that are sharded (DTensors) it holds the whole; all processes have to call this then.
     """
     memo: dict[int, Any] = {}
-    for child in module.modules():
-        # Hooks that are part of what the module computes, as those that round, say so.
-        own = {
-            number
-            for hooks in (child._forward_hooks, child._forward_pre_hooks)
-            for number, hook in hooks.items()
-            if getattr(hook, "follows_module", False)
-        }
-        for key, value in vars(child).items():
-            is_state = key.startswith("__composable_api_state_key")  # of `fully_shard`
-            if (is_state or (key.startswith("_") and "hooks" in key)) and isinstance(value, dict):
-                memo[id(value)] = type(value)({number: value[number] for number in value if number in own})
-            elif key in ("_trainer", "_fabric", "_device_mesh") and value is not None:
-                memo[id(value)] = None
-            elif isinstance(value, Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach().clone()
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"Channels and heads cannot be cut: '{name}' is not initialized yet.")
@@ -754,25 +740,16 @@ def _copy(module: nn.Module) -> nn.Module:
             memo[id(parameter)] = nn.Parameter(tensor.full_tensor(), parameter.requires_grad)
     try:
         with original_classes(module):
-            for child in reversed(list(module.modules())):
-                if isinstance(original := getattr(child, "_orig_mod", None), nn.Module):
-                    memo[id(child)] = copy.deepcopy(original, memo)
-            model: nn.Module = copy.deepcopy(module, memo)
+            model = standalone_copy(module, memo)
     except Exception as error:
         raise ValueError(
             f"{type(module).__name__} cannot be copied, so nothing can be tried ({_spell(error)})."
         ) from error
-    if vars(model).get("_compiler_ctx") is not None:  # Lightning puts compiled functions, bound to the original, here
-        for method in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
-            vars(model).pop(method, None)
-        vars(model)["_compiler_ctx"] = None
-    if "_metric_attributes" in vars(model):  # Lightning remembers metrics by the ids of the original's
-        vars(model)["_metric_attributes"] = None
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
         model = model.float()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    return model.eval()
+    return model
 
 
 class _Inputs:
@@ -906,7 +883,7 @@ def cut(module: nn.Module, gone: Mapping[ChannelGroup, Tensor]) -> Callable[[], 
         gone: For each group a mask of the units to cut, True for those that go.
     """
     tensors = _tensors_by_name(module)
-    keep, counts = _kept(gone, tensors)
+    keep, counts = _kept(gone, module)
     new = {}
     for name, dims in keep.items():
         data = tensors[name].detach()
@@ -916,26 +893,29 @@ def cut(module: nn.Module, gone: Mapping[ChannelGroup, Tensor]) -> Callable[[], 
     return _assign(module, new, counts, keep)
 
 
-def _with_scales(outputs: Iterable[Slice], tensors: Mapping[str, Tensor]) -> Iterator[Slice]:
+def _with_scales(outputs: Iterable[Slice], tensors: Mapping[str, Tensor], owners: Mapping[str, Any]) -> Iterator[Slice]:
     """Yield the outputs, and beside a weight the scales that a quantizer has learned for its channels."""
     for part in outputs:
         yield part
-        scale = tensors.get(name := f"{part.name}_quantizer.scale")
-        if scale is not None and scale.shape[0] == tensors[part.name].shape[part.dim] > 1:
+        # "conv.weight" has "conv.weight_quantizer", "attention.in_proj_weight" has "attention.in_proj_quantizer".
+        name = f"{part.name.removesuffix('_weight')}_quantizer.scale"
+        scale = tensors.get(name)
+        if scale is not None and owners[name].axis == part.dim and len(scale) == tensors[part.name].shape[part.dim] > 1:
             yield replace(part, name=name, dim=0)
 
 
 def _kept(
-    gone: Mapping[ChannelGroup, Tensor], tensors: Mapping[str, Tensor]
+    gone: Mapping[ChannelGroup, Tensor], module: nn.Module
 ) -> tuple[dict[str, dict[int, Tensor]], dict[str, int]]:
     """Return the positions that stay of each tensor and dimension, and what integer attributes lose."""
+    tensors, owners = _tensors_by_name(module), _owners(module)
     lost: dict[tuple[int, int], Tensor] = {}
     first: dict[int, str] = {}
     counts: dict[str, int] = {}
     for group, units in gone.items():
         if not bool(units.any()):
             continue
-        for part in (*_with_scales(group.outputs, tensors), *group.inputs):
+        for part in (*_with_scales(group.outputs, tensors, owners), *group.inputs):
             positions = part.index[units.to(part.index.device)].reshape(-1)
             if part.name not in tensors:
                 counts[part.name] = counts.get(part.name, 0) + positions.numel()
@@ -956,7 +936,7 @@ def _cut_states(
 ) -> list[tuple[dict[str, Any], str, Tensor]]:
     """Return what to write where in the optimizers' states: each tensor in the shape of its parameter, cut like it."""
     tensors = _tensors_by_name(module)
-    keep, _ = _kept(gone, tensors)
+    keep, _ = _kept(gone, module)
     names = {id(tensors[name]): name for name in keep}
     writes: list[tuple[dict[str, Any], str, Tensor]] = []
     for optimizer in optimizers:
@@ -1084,7 +1064,8 @@ def _fit_attention(
         set_attribute(owner, "num_heads", heads)
         # The fused kernels of the encoder layer know no such attention; this flag of torch's keeps them away.
         set_attribute(owner, "_qkv_same_embed_dim", False)
-        set_attribute(owner, "__class__", PrunedMultiheadAttention)
+        if not isinstance(owner, PlainMultiheadAttention):  # one that rounds copes with fewer heads as it is
+            set_attribute(owner, "__class__", PrunedMultiheadAttention)
         for child in module.modules():
             if isinstance(child, nn.TransformerEncoder):
                 set_attribute(child, "use_nested_tensor", False)

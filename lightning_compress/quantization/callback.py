@@ -228,12 +228,11 @@ class QuantizationAwareTraining(Callback):
 
     def _announce(self, steps: int | None) -> None:
         insertion = self._inserted
-        begin, freeze, freeze_norm = self._moments or (0, 0, 0)
+        begin, freeze, freeze_norm = self._due
         names = list(insertion.layers)
         listed = ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])}, …, {names[-1]}"
-        activations = "float" if self.activation_bits is None else f"{self.activation_bits}-bit"
         rank_zero_info(
-            f"QuantizationAwareTraining: {self.weight_bits}-bit weights and {activations} activations in "
+            f"QuantizationAwareTraining: {self.weight_bits}-bit weights and {self._activations} activations in "
             f"{len(names)} layers ({listed}; {self.granularity}, {self.scheme}, {self.range}), from step {begin}; "
             f"ranges are frozen from step {freeze}"
             + (f", {len(insertion.norms)} folded batch norms from step {freeze_norm}." if insertion.norms else ".")
@@ -285,11 +284,8 @@ class QuantizationAwareTraining(Callback):
             self._agree(trainer)
             self._has_agreed = True
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._hold_scales()
-
     @torch.no_grad()
-    def _hold_scales(self) -> None:
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._frozen is not None:
             for scale, frozen in zip(self._inserted.parameters, self._frozen, strict=True):
                 scale.copy_(frozen)
@@ -322,7 +318,7 @@ class QuantizationAwareTraining(Callback):
             counts = trainer.strategy.reduce(seen, reduce_op="max")
         else:
             counts = trainer.strategy.reduce(seen, reduce_op="sum")
-            ends = trainer.strategy.reduce(mine * seen[:, None, None].squeeze(-1), reduce_op="sum")
+            ends = trainer.strategy.reduce(mine * seen[:, None], reduce_op="sum")
             ends = ends / counts.clamp(min=1)[:, None]
         learned = [q for q in observers if q.scale is not None]
         if learned:
@@ -363,12 +359,9 @@ class QuantizationAwareTraining(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.barebones:
             return
-        others = [other for other in registry.techniques(pl_module) if other.technique == self.technique]
-        suffix = f"_{others.index(self)}" if len(others) > 1 else ""
         value = float(self.weight_bits if self._is_on else 32)
-        pl_module.log(
-            f"compress/weight_bits{suffix}", value, on_step=False, on_epoch=True, batch_size=1, reduce_fx="min"
-        )
+        name = f"compress/weight_bits{registry.suffix(pl_module, self)}"
+        pl_module.log(name, value, on_step=False, on_epoch=True, batch_size=1, reduce_fx="min")
 
     # --- after training -----------------------------------------------------------------------------------------------
 
@@ -466,11 +459,14 @@ class QuantizationAwareTraining(Callback):
         """Return whether the model was quantized when a Lightning checkpoint was written."""
         return bool(checkpoint.get("callbacks", {}).get(self.state_key, {}).get("is_on", False))
 
+    @property
+    def _activations(self) -> str:
+        return "float" if self.activation_bits is None else f"{self.activation_bits}-bit"
+
     def summary(self) -> str:
         """Return one line that says what was quantized."""
         insertion = self._inserted
-        activations = "float" if self.activation_bits is None else f"{self.activation_bits}-bit"
-        state = f"{self.weight_bits}-bit weights, {activations} activations" if self._is_on else "not begun"
+        state = f"{self.weight_bits}-bit weights, {self._activations} activations" if self._is_on else "not begun"
         return f"{state} in {len(insertion.layers)} layers ({self.granularity}, {self.scheme}, {self.range})"
 
     def layers(self) -> Mapping[str, Mapping[str, Any]]:

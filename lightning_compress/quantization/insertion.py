@@ -11,9 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.attention import PlainMultiheadAttention
 from lightning_compress.modules import WEIGHTED, clean_name, select_parameters
 from lightning_compress.quantization import affine, functional, layers
 from lightning_compress.quantization.layers import (
+    PLAIN,
     QUANTIZED,
     ActivationQuantizer,
     PerUse,
@@ -26,8 +28,7 @@ from lightning_compress.quantization.layers import (
 from lightning_compress.quantization.placement import Place, Placement, place
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_PLAIN = {quantized: plain for plain, quantized in QUANTIZED.items()}
-_HOLDERS = ("input_quantizer", "output_quantizer", "weight_quantizer", "functional_quantizers")
+_PROJECTIONS = ("in_proj", "q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Insertion:
         skipped: Why a layer stays float, by name.
         untraced: Why a module could not be traced, by name: its layers have only their inputs and weights quantized.
         observers: The quantizers of activations, by name.
-        weights: The quantizers of weights, by name, each with the name of its weight.
+        weights: The quantizers of weights, by name, each with its weight.
+        weight_names: The names of these weights.
     """
 
     settings: Settings
@@ -193,13 +195,14 @@ def dequantize(module: nn.Module) -> nn.Module:
                 del hooks[key]
                 child._forward_pre_hooks_with_kwargs.pop(key, None)
         functional.unwatch(child)
-        for name in [n for n in child._modules if n in _HOLDERS or n.endswith("_quantizer")]:
-            if isinstance(child._modules[name], (Quantizer, PerUse)):
-                del child._modules[name]
+        for name in [name for name, holder in child._modules.items() if isinstance(holder, (Quantizer, PerUse))]:
+            del child._modules[name]
         child.__dict__.pop("folded", None)
         child.__dict__.pop("is_frozen", None)
-        if type(child) in _PLAIN:
-            child.__class__ = _PLAIN[type(child)]
+        if type(child) in PLAIN:
+            child.__class__ = PLAIN[type(child)]
+            if isinstance(child, nn.MultiheadAttention) and child.num_heads * child.head_dim != child.embed_dim:
+                child.__class__ = PlainMultiheadAttention  # heads have been cut out: torch's own demands them all
     return module
 
 
@@ -220,9 +223,9 @@ def _round_weights(module: nn.Module) -> None:
 
 def projection_quantizers(attention: nn.MultiheadAttention) -> Iterator[tuple[str, WeightQuantizer]]:
     """Yield the names of an attention's projection weights with their quantizers."""
-    for attribute in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-        if getattr(attention, attribute) is not None:
-            yield attribute, getattr(attention, attribute.replace("_weight", "_quantizer"))
+    for name in _PROJECTIONS:
+        if getattr(attention, f"{name}_weight") is not None:
+            yield f"{name}_weight", getattr(attention, f"{name}_quantizer")
 
 
 # --- which layers -----------------------------------------------------------------------------------------------------
@@ -242,7 +245,7 @@ def _choose(
         if id(layer) in seen:
             continue
         seen.add(id(layer))
-        if type(layer) in _PLAIN or isinstance(layer, (QuantizedLayer, QuantizedMultiheadAttention)):
+        if type(layer) in PLAIN or isinstance(layer, (QuantizedLayer, QuantizedMultiheadAttention)):
             raise ValueError(
                 f"'{name}' is quantized already, with other arguments. Give each QuantizationAwareTraining disjoint "
                 f"`include` and `exclude` patterns, or call lightning_compress.quantization.dequantize(module) first."
@@ -334,11 +337,10 @@ def _quantize_layer(name: str, layer: nn.Module, insertion: Insertion) -> None:
     layer.__class__ = QUANTIZED[type(layer)]
     insertion.layers[name] = layer
     if isinstance(layer, QuantizedMultiheadAttention):
-        for attribute in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-            weight = getattr(layer, attribute)
+        for part in _PROJECTIONS:
+            weight = getattr(layer, f"{part}_weight")
             if weight is not None:
-                quantizer = make(weight.shape).to(weight.device)
-                layer.add_module(attribute.replace("_weight", "_quantizer"), quantizer)
+                layer.add_module(f"{part}_quantizer", make(weight.shape).to(weight.device))
         return
     assert isinstance(layer.weight, nn.Parameter)
     tied = next(
@@ -362,9 +364,15 @@ class _Placer:
         self.targets = {id(layer) for layer in chosen.values()}
         self.done: set[int] = set()
 
-    def make(self, **kwargs: Any) -> ActivationQuantizer:
+    def make(self, *, is_rectified: bool = False, is_probability: bool = False) -> ActivationQuantizer:
         device = next(next(iter(self.chosen.values())).parameters()).device
-        return ActivationQuantizer(self.bits, self.insertion.settings.range, **kwargs).to(device)
+        bounds = (0.0, 1.0) if is_probability else None
+        return ActivationQuantizer(
+            self.bits, self.insertion.settings.range, is_rectified=is_rectified, bounds=bounds
+        ).to(device)
+
+    def make_for(self, found: Place) -> ActivationQuantizer:
+        return self.make(is_rectified=found.is_rectified, is_probability=found.is_probability)
 
     def run(self) -> None:
         self._trace(self.module, "")
@@ -424,12 +432,9 @@ class _Placer:
                 continue  # another QuantizationAwareTraining rounds this tensor already
             quantizers: list[nn.Module] = [nn.Identity() for _ in range(placement.uses[name])]
             for found in places:
-                quantizer = shared.get(found.tensor)
-                if quantizer is None:
-                    bounds = (0.0, 1.0) if found.is_probability else None
-                    quantizer = self.make(is_rectified=found.is_rectified, bounds=bounds)
-                    shared[found.tensor] = quantizer
-                quantizers[found.use] = quantizer
+                if found.tensor not in shared:
+                    shared[found.tensor] = self.make_for(found)
+                quantizers[found.use] = shared[found.tensor]
             module.add_module(f"{kind}_quantizer", quantizers[0] if len(quantizers) == 1 else PerUse(quantizers))
             self._hook(module, kind)
 
@@ -440,12 +445,7 @@ class _Placer:
     def _place_functional(self, module: nn.Module, places: list[Place], calls: list[int]) -> None:
         if hasattr(module, "functional_quantizers"):
             return  # another QuantizationAwareTraining rounds here already
-        quantizers: dict[str, nn.Module] = {
-            f"{found.use}_{found.index}": self.make(
-                is_rectified=found.is_rectified, bounds=(0.0, 1.0) if found.is_probability else None
-            )
-            for found in places
-        }
+        quantizers: dict[str, nn.Module] = {f"{found.use}_{found.index}": self.make_for(found) for found in places}
         functions = {found.function for found in places}
         functional.watch(module, functional.FunctionalQuantizers(functions, calls, quantizers))
 
@@ -454,7 +454,7 @@ class _Placer:
             layer.add_module(f"{name}_quantizer", self.make())
         if isinstance(layer.out_proj, QuantizedLayer):
             layer.context_quantizer = self.make()
-        layer.add_module("probabilities_quantizer", self.make(bounds=(0.0, 1.0)))
+        layer.add_module("probabilities_quantizer", self.make(is_probability=True))
 
     def _hook(self, module: nn.Module, kind: str) -> None:
         if kind == "input":
@@ -471,6 +471,9 @@ def _has_forward(module: nn.Module) -> bool:
 
 def _stay(module: nn.Module, args: Any) -> None:
     """A hook that does nothing: its presence keeps `nn.TransformerEncoderLayer` from reading the weights itself."""
+
+
+_stay.follows_module = True  # type: ignore[attr-defined]
 
 
 def _avoid_fused_paths(module: nn.Module, chosen: dict[str, nn.Module]) -> None:

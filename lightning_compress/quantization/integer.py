@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import types
 from collections.abc import Callable
@@ -11,7 +10,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.quantization import functional, layers
+from lightning_compress.copying import standalone_copy
+from lightning_compress.quantization import layers
+from lightning_compress.quantization.functional import FunctionalQuantizers, is_watched
 from lightning_compress.quantization.layers import (
     ActivationQuantizer,
     PerUse,
@@ -22,7 +23,6 @@ from lightning_compress.quantization.layers import (
 
 Dialect = Literal["torch", "onnx"]
 
-_PLAIN = {quantized: plain for plain, quantized in layers.QUANTIZED.items()}
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -202,32 +202,12 @@ def integer_module(module: nn.Module, dialect: Dialect = "torch") -> nn.Module:
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    memo: dict[int, Any] = {}
-    for child in module.modules():
-        for key, value in vars(child).items():
-            if key.startswith("_") and key.endswith("_hooks") and isinstance(value, dict):
-                # A stranger's hook would see the copy, and what an exporter calls it with.
-                memo[id(value)] = type(value)((k, hook) for k, hook in value.items() if _is_ours(hook))
-            elif key in ("_trainer", "_fabric", "_device_mesh") and value is not None:
-                memo[id(value)] = None
-            elif isinstance(value, Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach().clone()
-    for child in reversed(list(module.modules())):
-        if isinstance(original := child._modules.get("_orig_mod"), nn.Module):
-            memo[id(child)] = copy.deepcopy(original, memo)
-    copied: nn.Module = copy.deepcopy(module, memo)
+    copied = standalone_copy(module)
     for child in copied.modules():
         vars(child).pop("_insertions", None)  # it holds the float weights
-    for child in copied.modules():
-        child._compiled_call_impl = None  # of `module.compile()`
-        stand_in = vars(child).get("forward")
-        if stand_in is not None and type(stand_in).__module__ == functional.__name__:
-            child.forward = _as_method(child, stand_in)
-    if vars(copied).get("_compiler_ctx") is not None:  # Lightning puts compiled functions, bound to the original, here
-        for method in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
-            vars(copied).pop(method, None)
-        vars(copied)["_compiler_ctx"] = None
-    return copied.eval()
+        if is_watched(child):
+            child.forward = _as_method(child, child.forward)
+    return copied
 
 
 def _as_method(module: nn.Module, stand_in: Callable[..., Any]) -> Callable[..., Any]:
@@ -240,14 +220,10 @@ def _as_method(module: nn.Module, stand_in: Callable[..., Any]) -> Callable[...,
     return types.MethodType(forward, module)
 
 
-def _is_ours(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("lightning_compress.quantization.")
-
-
 def _replace_activations(module: nn.Module, dialect: Dialect) -> None:
     done: dict[int, nn.Module] = {}  # a tensor that is read in two places has one quantizer
     for child in list(module.modules()):
-        if isinstance(child, (PerUse, functional.FunctionalQuantizers)):
+        if isinstance(child, (PerUse, FunctionalQuantizers)):
             child.use = 0
         for name, quantizer in child._modules.items():
             if isinstance(quantizer, ActivationQuantizer):
@@ -272,7 +248,7 @@ def _replace_weights(module: nn.Module, dialect: Dialect) -> None:
             layer: Any = child
             quantizer = layer.weight_quantizer
             if not quantizer.is_on:
-                layer.__class__ = _PLAIN[type(layer)]
+                layer.__class__ = layers.PLAIN[type(layer)]
                 del layer.weight_quantizer
                 layer.__dict__.pop("folded", None)
                 continue

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_compress.attention import PlainMultiheadAttention
 from lightning_compress.quantization import affine
 from lightning_compress.quantization.functional import unwatched
 
@@ -275,8 +276,7 @@ class ActivationQuantizer(Quantizer):
             return _touch(x, self.scale)
         if self.scale is not None:
             return affine.fake_quantize_learned(x, self.scale, self._zero(), self.qmin, self.qmax)
-        scale, zero_point = affine.affine_parameters(self.low, self.high, self.bits, "affine")
-        return affine.fake_quantize(x, scale, zero_point, self.qmin, self.qmax)
+        return affine.fake_quantize(x, *self.affine_parameters(), self.qmin, self.qmax)
 
 
 class PerUse(nn.Module):
@@ -446,7 +446,7 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
         )
 
 
-class QuantizedMultiheadAttention(nn.MultiheadAttention):
+class QuantizedMultiheadAttention(PlainMultiheadAttention):
     """`nn.MultiheadAttention` that rounds the projections' weights and what its matrix products read.
 
     Children (any of the activation quantizers may be missing, with `activation_bits=None`):
@@ -455,6 +455,8 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
     ``key_input``, ``value_input``, ``query``, ``key``, ``value``, ``probabilities`` and ``context``.
     Scores before the softmax stay float: a mask of −inf has no place on a grid.
     """
+
+    reads_products = True
 
     def _round(self, name: str, x: Tensor) -> Tensor:
         quantizer = getattr(self, f"{name}_quantizer", None)
@@ -471,94 +473,19 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
             self._round("v_proj", self.v_proj_weight),
         )
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend, as `nn.MultiheadAttention` does, without its fused path."""
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Attend, as `nn.MultiheadAttention` does; while the quantizers are off, torch's own operations do it."""
         with unwatched:
             own = [q for q in self.children() if isinstance(q, WeightQuantizer)]
-            if own and not own[0].is_on:
-                output, probabilities = super().forward(
-                    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-                )
+            has_all_heads = self.num_heads * self.head_dim == self.embed_dim
+            if own and not own[0].is_on and has_all_heads:
+                output, probabilities = nn.MultiheadAttention.forward(self, *args, **kwargs)
                 for child in self.modules():
                     output = _touch(output, getattr(child, "scale", None))
                 return output, probabilities
-            return self._attend(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
+            return super().forward(*args, **kwargs)
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        need_weights: bool,
-        attn_mask: Tensor | None,
-        average_attn_weights: bool,
-        is_causal: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        is_batched = query.dim() == 3
-        if is_causal and attn_mask is None:
-            raise ValueError("`is_causal=True` is a hint on `attn_mask`, which is missing.")
-        is_self, is_memory = key is query, value is key
-        query = self._round("query_input", query)
-        key = query if is_self else self._round("key_input", key)
-        value = key if is_memory else self._round("value_input", value)
-        if not is_batched:
-            query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-            if key_padding_mask is not None:
-                key_padding_mask = key_padding_mask.unsqueeze(0)
-        elif not self.batch_first:
-            query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-        weights = self.projections()
-        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        q, k, v = (
-            self._round(name, F.linear(x, weight, bias))
-            for name, x, weight, bias in zip(
-                ("query", "key", "value"), (query, key, value), weights, biases, strict=True
-            )
-        )
-        if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.expand(k.shape[0], 1, -1)], 1)
-            v = torch.cat([v, self.bias_v.expand(v.shape[0], 1, -1)], 1)
-        heads, width = self.num_heads, self.head_dim
-        q, k, v = (x.unflatten(-1, (heads, width)).transpose(1, 2) for x in (q, k, v))  # (B, heads, length, width)
-        if self.add_zero_attn:
-            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        extra = k.shape[2] - key.shape[1]
-        scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(width))
-        for mask, is_padding in ((attn_mask, False), (key_padding_mask, True)):
-            if mask is None:
-                continue
-            if extra:
-                mask = F.pad(mask, (0, extra))
-            if is_padding:
-                mask = mask[:, None, None]
-            elif mask.dim() == 3:
-                mask = mask.unflatten(0, (-1, heads))
-            scores = scores.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-        probabilities = F.softmax(scores, -1)
-        probabilities = F.dropout(probabilities, self.dropout, self.training)
-        context = self._round("probabilities", probabilities) @ v
-        context = self._round("context", context.transpose(1, 2).flatten(2))
-        output = self.out_proj(context)
-        if not is_batched:
-            output, probabilities = output.squeeze(0), probabilities.squeeze(0)
-        elif not self.batch_first:
-            output = output.transpose(0, 1)
-        if not need_weights:
-            return output, None
-        return output, probabilities.mean(-3) if average_attn_weights else probabilities
+    forward.__wrapped__ = nn.MultiheadAttention.forward  # type: ignore[attr-defined]  # for inspect.signature
 
 
 class FreezableNorm:
@@ -603,3 +530,6 @@ QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm3d: FreezableBatchNorm3d,
 }
 """The class that a layer of each class becomes."""
+
+PLAIN = {quantized: plain for plain, quantized in QUANTIZED.items()}
+"""The class that it was."""

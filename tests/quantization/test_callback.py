@@ -707,3 +707,35 @@ def test_what_only_runs_in_evaluation_is_named_and_stays_float(tmp_path: Path) -
     assert callback.blind() == ["extra.input_quantizer"]
     x = torch.randn(3, CLASSES)
     assert torch.equal(module.extra.input_quantizer(x), x)
+
+
+class AttentionNet(Net):
+    """An attention and a residual sum over three tokens."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.attention = nn.MultiheadAttention(FEATURES // 3, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, (3, -1))
+        return super().forward((x + self.attention(x, x, x, need_weights=False)[0]).flatten(1))
+
+
+@pytest.mark.parametrize("range", ["moving_average", "learned"])
+def test_heads_are_cut_out_of_an_attention_that_rounds(tmp_path: Path, range: str) -> None:
+    pruning = GradualPruning(0.5, granularity="head", include=["attention"], begin=0.1, end=0.3, every=2)
+    module = seeded(AttentionNet)
+    run = trainer(tmp_path, [pruning, QAT(begin=0.5, freeze_ranges=0.8, range=range)])
+    run.fit(module, StatefulLoader(), held_out())
+    smaller = pruning.pruned_module
+    assert (module.attention.num_heads, smaller.attention.num_heads) == (2, 1)
+    assert len(smaller.attention.in_proj_weight) == len(module.attention.in_proj_weight) // 2
+    quantizers = [child for child in smaller.modules() if isinstance(child, Quantizer)]
+    assert len(quantizers) == len([child for child in module.modules() if isinstance(child, Quantizer)])
+    assert all(quantizer.is_on for quantizer in quantizers)
+    x = torch.randn(64, FEATURES)
+    close = (smaller.eval()(x) - module.eval()(x)).abs() < 1e-5
+    assert close.all(1).float().mean() > 0.9  # in a few, a sum in another order is rounded to the neighbour
+    plain = dequantize(smaller)
+    assert not any(isinstance(child, Quantizer) for child in plain.modules())
+    assert plain(x).shape == (64, CLASSES)
