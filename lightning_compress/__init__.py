@@ -1,5 +1,6 @@
 """Callbacks that compress a PyTorch model while Lightning trains it."""
 
+from lightning_compress.distillation import DistillationModule, KnowledgeDistillation
 from lightning_compress.guard import AccuracyGuard
 from lightning_compress.learning_rate import LearningRateSchedule
 from lightning_compress.pruning import GradualPruning
@@ -11,7 +12,9 @@ __version__ = "0.1.0"
 __all__ = [
     "AccuracyGuard",
     "CompressionReport",
+    "DistillationModule",
     "GradualPruning",
+    "KnowledgeDistillation",
     "LearningRateSchedule",
     "QuantizationAwareTraining",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def standalone_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Return a copy in eval mode without trainer, compiled code and hooks.
+    """Return a copy in eval mode without trainer, compiled code and hooks, nor methods marked ``stays_behind``.
 
     Hooks that are part of what a module computes, as those that round its tensors, say so by an attribute
     ``follows_module`` that is True: they stay.
@@ -43,6 +43,8 @@ def standalone_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn
     copied: nn.Module = copy.deepcopy(module, memo)
     for child in copied.modules():
         child._compiled_call_impl = None  # of `module.compile()`
+    for name in [name for name, value in vars(copied).items() if getattr(value, "stays_behind", False)]:
+        del vars(copied)[name]  # a method that a callback wraps while it trains the original
     if vars(copied).get("_compiler_ctx") is not None:  # Lightning puts compiled functions, bound to the original, here
         for method in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
             vars(copied).pop(method, None)

@@ -194,14 +194,42 @@ def _is_kind(attribute: str, kinds: Sequence[str]) -> bool:
     return any(fnmatchcase(attribute, kind) or kind in attribute.split("_") for kind in kinds)
 
 
+def named_module(root: nn.Module, name: str, argument: str) -> nn.Module:
+    """Return the module of a qualified name; ``""`` is the root, and a compiled module answers for what it wraps.
+
+    Example::
+
+        >>> named_module(nn.Sequential(nn.Linear(4, 2)), "0", "module")
+        Linear(in_features=4, out_features=2, bias=True)
+
+    Raises:
+        ValueError: If there is none, with the closest names.
+    """
+    modules: dict[str, nn.Module] = {}
+    for own, child in root.named_modules(remove_duplicate=False):
+        modules.setdefault(clean_name(own), child)
+    if name not in modules:
+        raise ValueError(
+            f"`{argument}` names '{name}', and {type(root).__name__} has no such module. "
+            f"The closest names: {_spell(_closest(name, modules))}."
+        )
+    return modules[name]
+
+
 def refuse_if_no_match(pattern: str, modules: dict[str, nn.Module], argument: str) -> None:
     """Raise ``ValueError`` where a pattern matches none of the names of modules, with the closest of them."""
-    if any(fnmatchcase(name, pattern) for name in modules):
-        return
-    close = difflib.get_close_matches(pattern, modules, n=3, cutoff=0.4)
-    close = close or difflib.get_close_matches(pattern.replace("*", "").strip("."), modules, n=3, cutoff=0.2)
-    close = close or list(modules)[:3]
-    raise ValueError(f"`{argument}` pattern '{pattern}' matches no module. The closest names: {_spell(close)}.")
+    if not any(fnmatchcase(name, pattern) for name in modules):
+        raise ValueError(
+            f"`{argument}` pattern '{pattern}' matches no module. "
+            f"The closest names: {_spell(_closest(pattern, modules))}."
+        )
+
+
+def _closest(pattern: str, names: Iterable[str]) -> list[str]:
+    names = [name for name in names if name]
+    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
+    close = close or difflib.get_close_matches(pattern.replace("*", "").strip("."), names, n=3, cutoff=0.2)
+    return close or names[:3]
 
 
 def _nothing_to_do(pattern: str, modules: dict[str, nn.Module], parameters: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Points in time, and ramps between them.
+"""Points in time, ramps between them, and values that follow a ramp.
 
 A user writes a point in time as Lightning does: an ``int`` is optimizer steps, a ``float`` is a fraction of the run,
 a string such as ``"3ep"`` is epochs. :class:`Moment` is the one parser of it; every callback uses it.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
 MomentLike = int | float | str  # `int` first: jsonargparse takes the first that fits, and 1 is not 1.0
 Ramp = Callable[[float], float]
@@ -283,15 +283,168 @@ def ramp(schedule: str | Ramp, name: str = "schedule") -> Ramp:
         return RAMPS[schedule]
     if not callable(schedule):
         raise TypeError(f"`{name}` must be one of {', '.join(RAMPS)} or a callable, got {schedule!r}.")
-    for t in (i / 100 for i in range(101)):
-        try:
-            share = schedule(t)
-        except TypeError as error:
-            raise TypeError(f"`{name}` must be a function of progress in [0, 1], and raised: {error}") from error
-        if isinstance(share, bool) or not isinstance(share, Real):
-            raise TypeError(f"`{name}` must return a number, got {share!r} at progress {t}.")
-        if not 0.0 <= float(share) <= 1.0:
-            raise ValueError(f"`{name}` must stay within [0, 1], got {share!r} at progress {t}.")
+    _sample(schedule, name, 0.0, 1.0)
     if not math.isclose(float(schedule(1.0)), 1.0, abs_tol=1e-9):
         raise ValueError(f"`{name}` must return 1 at progress 1, got {schedule(1.0)!r}: the target is never reached.")
     return schedule
+
+
+def _sample(function: Callable[[float], float], name: str, low: float, high: float) -> None:
+    """Raise where a function of progress returns anything but numbers within [low, high]."""
+    for t in (i / 100 for i in range(101)):
+        try:
+            value = function(t)
+        except TypeError as error:
+            raise TypeError(f"`{name}` must be a function of progress in [0, 1], and raised: {error}") from error
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"`{name}` must return a number, got {value!r} at progress {t}.")
+        if not low <= float(value) <= high or math.isinf(value):
+            raise ValueError(f"`{name}` must stay within [{low:g}, {high:g}], got {value!r} at progress {t}.")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A value that goes from `first` to `last`: `first` until `begin`, along the ramp, `last` from `end` on.
+
+    Args:
+        first: The value up to `begin`.
+        last: The value from `end` on.
+        schedule: The ramp between them: a name in :data:`RAMPS`, or a callable that maps progress in [0, 1] to the
+            share of the way that is done. ``"one_shot"`` is a jump at `begin`.
+        begin: The moment at which the value starts to change.
+        end: The moment at which it has changed.
+
+    Raises:
+        ValueError: If a value is not finite, a moment or ramp is unknown, or `begin` surely comes after `end`.
+        TypeError: If something is of another type.
+
+    Example::
+
+        >>> value = Schedule(4.0, 1.0, begin=10, end=30).resolve(RunLength(steps=None, steps_per_epoch=None))
+        >>> [value(step) for step in (0, 10, 20, 30, 99)]
+        [4.0, 4.0, 2.5, 1.0, 1.0]
+    """
+
+    first: float
+    last: float
+    schedule: str | Ramp = "linear"
+    begin: MomentLike = 0
+    end: MomentLike = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("first", "last"):
+            value = number(getattr(self, name), name)
+            if math.isinf(value):
+                raise ValueError(f"`{name}` must be finite, got {value!r}.")
+            object.__setattr__(self, name, value)
+        ramp(self.schedule)
+        refuse_if_after(Moment.parse(self.begin, "begin"), Moment.parse(self.end, "end"))
+
+    def resolve(self, run: RunLength) -> Callable[[int], float]:
+        """Return the value as a function of optimizer steps; where it never changes, the run may be of any length.
+
+        Raises:
+            ValueError: If a moment depends on a length that is not known, or `begin` comes after `end` in this run.
+        """
+        if self.first == self.last:
+            return lambda step: self.first
+        share = ramp(self.schedule)
+        begin, end = resolve_span(Moment.parse(self.begin), Moment.parse(self.end), run)
+
+        def value(step: int) -> float:
+            # `first` before `begin` whatever the ramp is at 0, and both ends exactly, whatever rounding does between
+            done = share(progress(step, begin, end)) if step >= begin else 0.0
+            return (1.0 - done) * self.first + done * self.last
+
+        return value
+
+
+@dataclass(frozen=True)
+class ProgressFunction:
+    """A value that is a function of progress in [0, 1] over the whole run.
+
+    Example::
+
+        >>> value = ProgressFunction(lambda t: 4.0 - 2.0 * t).resolve(RunLength(steps=100, steps_per_epoch=10))
+        >>> value(0), value(50), value(100)
+        (4.0, 3.0, 2.0)
+    """
+
+    function: Callable[[float], float]
+
+    def resolve(self, run: RunLength) -> Callable[[int], float]:
+        """Return the value as a function of optimizer steps.
+
+        Raises:
+            ValueError: If the run's length is not known.
+        """
+        steps = run.steps
+        if steps is None:
+            raise ValueError(
+                f"A value that is a function of progress needs the length of the run, but {run.reason}. Give a "
+                f"`Schedule` with `begin` and `end` in optimizer steps, or give the Trainer `max_steps`, or "
+                f"`max_epochs` and a loader with a length."
+            )
+        return lambda step: float(self.function(progress(step, 0, steps)))
+
+
+ScheduledLike = int | float | str | Schedule | Mapping[str, Any] | Callable[[float], float]
+
+
+def scheduled(
+    value: ScheduledLike | ProgressFunction, name: str, low: float = -math.inf, high: float = math.inf
+) -> Schedule | ProgressFunction:
+    """Read a value that may change during the run; ``resolve(run)`` then gives it for each step.
+
+    Args:
+        value: A number (constant; in a string too, since YAML reads ``1e-4`` as one), a :class:`Schedule`, a mapping of
+            its arguments (what YAML gives), or a callable that maps progress in [0, 1] over the whole run to the value.
+        name: The argument's name, for the error message.
+        low: The lowest value allowed.
+        high: The highest value allowed.
+
+    Example::
+
+        >>> scheduled("4", "temperature", 0.01, 100.0).resolve(RunLength(None, None))(7)
+        4.0
+        >>> scheduled({"first": 1.0, "last": 0.5, "end": 0.5}, "weight", 0.0, 1.0)
+        Schedule(first=1.0, last=0.5, schedule='linear', begin=0, end=0.5)
+
+    Raises:
+        ValueError: If a value lies outside [low, high], or a schedule cannot be read. A callable is sampled.
+        TypeError: If it is of another type.
+    """
+    if isinstance(value, ProgressFunction):
+        value = value.function
+    if isinstance(value, Mapping):
+        value = _read_schedule(value, name)
+    if isinstance(value, Schedule):
+        for end in ("first", "last"):
+            number(getattr(value, end), f"{name}.{end}", low, high)
+        return value
+    if isinstance(value, (str, Real)):
+        constant = number(value, name, low, high)
+        if math.isinf(constant):
+            raise ValueError(f"`{name}` must be finite, got {value!r}.")
+        return Schedule(constant, constant)
+    if not callable(value):
+        raise TypeError(
+            f"`{name}` must be a number in [{low:g}, {high:g}], a Schedule, a mapping of its arguments such as "
+            f"{{'first': 1.0, 'last': 0.5}}, or a function of progress in [0, 1], got {value!r}."
+        )
+    _sample(value, name, low, high)
+    return ProgressFunction(value)
+
+
+def _read_schedule(value: Mapping[str, Any], name: str) -> Schedule:
+    known = [field.name for field in fields(Schedule)]
+    missing = [key for key in ("first", "last") if key not in value]
+    unknown = [key for key in value if key not in known]
+    if missing or unknown:
+        raise ValueError(
+            f"`{name}` as a mapping takes {', '.join(known)}, of which first and last are needed; got {dict(value)!r}."
+        )
+    try:
+        return Schedule(**value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"`{name}`: {error}") from error

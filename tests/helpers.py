@@ -12,6 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
+from lightning_compress.distillation import distilled_loss
+
 BATCHES = 8  # an epoch
 FEATURES, CLASSES = 12, 4
 
@@ -100,7 +102,7 @@ class ManualNet(Net):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         for optimizer in [self.optimizers()] if not isinstance(self.optimizers(), list) else self.optimizers():
             optimizer.zero_grad()
-            self.manual_backward(self.loss(batch))
+            self.manual_backward(distilled_loss(self, self.loss(batch)))
             optimizer.step()
 
 
@@ -110,7 +112,7 @@ class RawManualNet(ManualNet):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
         optimizer.zero_grad()
-        self.manual_backward(self.loss(batch))
+        self.manual_backward(distilled_loss(self, self.loss(batch)))
         optimizer.step()
 
 

@@ -10,7 +10,18 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lightning_compress.moments import RAMPS, Moment, RunLength, number, progress, ramp, refuse_if_after, resolve_span
+from lightning_compress.moments import (
+    RAMPS,
+    Moment,
+    RunLength,
+    Schedule,
+    number,
+    progress,
+    ramp,
+    refuse_if_after,
+    resolve_span,
+    scheduled,
+)
 from lightning_compress.training import plain, run_length, steps_done
 from tests.helpers import BATCHES, ManualNet, Net, StatefulLoader, TwoOptimizerNet, held_out, seeded, trainer
 
@@ -103,6 +114,88 @@ def test_number() -> None:
 
 def test_progress_of_a_span_of_no_length() -> None:
     assert [progress(step, 5, 5) for step in (4, 5, 6)] == [0.0, 1.0, 1.0]
+
+
+ENDLESS = RunLength(steps=None, steps_per_epoch=None, reason="the training loader has no length")
+
+
+@pytest.mark.parametrize(
+    ("value", "run", "expected"),  # at steps 0, 99, 100, 250, 500, 1000 and 2000
+    [
+        (4, ENDLESS, [4.0] * 7),
+        (" 1e-1", ENDLESS, [0.1] * 7),
+        (Schedule(0.3, 0.3, begin=0.1, end=0.5), ENDLESS, [0.3] * 7),
+        (Schedule(4.0, 1.0, begin=100, end=500), ENDLESS, [4.0, 4.0, 4.0, 2.875, 1.0, 1.0, 1.0]),
+        (Schedule(0.0, 1.0), RUN, [0.0, 0.099, 0.1, 0.25, 0.5, 1.0, 1.0]),
+        ({"first": "0", "last": 1, "begin": "2ep", "end": 0.5}, RUN, [0.0, 0.0, 0.0, 0.375, 1.0, 1.0, 1.0]),
+        (Schedule(2.0, 5.0, "one_shot", 100, 500), ENDLESS, [2.0, 2.0, 5.0, 5.0, 5.0, 5.0, 5.0]),
+        (Schedule(8.0, 0.0, "cubic", 0, 500), ENDLESS, [8.0, 8 * 0.802**3, 8 * 0.8**3, 1.0, 0.0, 0.0, 0.0]),
+        (Schedule(8.0, 0.0, lambda t: t**2, 0, 500), ENDLESS, [8.0, 8 - 8 * 0.198**2, 7.68, 6.0, 0.0, 0.0, 0.0]),
+        (Schedule(1.0, 3.0, begin=250, end=250), ENDLESS, [1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0]),
+        (lambda t: 9 * t * t, RUN, [0.0, 9 * 0.099**2, 0.09, 0.5625, 2.25, 9.0, 9.0]),
+    ],
+)
+def test_values_follow_their_schedule(value: Any, run: RunLength, expected: list[float]) -> None:
+    function = scheduled(value, "weight", 0.0, 10.0).resolve(run)
+    for step, wanted in zip((0, 99, 100, 250, 500, 1000, 2000), expected, strict=True):
+        assert function(step) == pytest.approx(wanted, abs=1e-12)
+    assert scheduled(scheduled(value, "weight"), "weight").resolve(run)(250) == function(250)
+
+
+def test_schedules_end_exactly() -> None:
+    value = Schedule(0.1, 0.7, "cosine", 10, 30).resolve(ENDLESS)
+    assert [value(step) for step in (0, 9, 10, 30, 31)] == [0.1, 0.1, 0.1, 0.7, 0.7]
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "match"),
+    [
+        (-1, ValueError, r"`weight` must be a number in \[0, 10\]"),
+        ("linear", ValueError, "`weight` must be a number"),
+        (math.nan, ValueError, "`weight`"),
+        (True, TypeError, "`weight`"),
+        (None, TypeError, "`weight` must be .*a Schedule"),
+        ([1.0], TypeError, "`weight` must be .*a Schedule"),
+        (Schedule(0.0, 11.0), ValueError, r"`weight.last` must be a number in \[0, 10\]"),
+        ({"first": -1.0, "last": 1.0}, ValueError, "`weight.first`"),
+        ({"first": 1.0}, ValueError, "`weight` as a mapping takes first, last, schedule, begin, end"),
+        ({"first": 1.0, "last": 2.0, "start": 3}, ValueError, "`weight` as a mapping takes .*'start': 3"),
+        ({"first": 1.0, "last": 2.0, "begin": 1.5}, ValueError, "`weight`: `begin`"),
+        ({"first": None, "last": 2.0}, TypeError, "`weight`: `first`"),
+        (lambda t: 11 * t, ValueError, r"`weight` must stay within \[0, 10\]"),
+        (lambda t: math.nan, ValueError, "`weight` must stay within"),
+        (lambda t: "x", TypeError, "`weight` must return a number"),
+        (lambda: 1.0, TypeError, "`weight` must be a function of progress"),
+    ],
+)
+def test_refuses_scheduled_values(value: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        scheduled(value, "weight", 0.0, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"first": math.inf}, "`first` must be finite"),
+        ({"last": "x"}, "`last`"),
+        ({"schedule": "qubic"}, "`schedule`"),
+        ({"begin": 0.5, "end": 0.2}, "`begin=0.5` comes after `end=0.2`"),
+    ],
+)
+def test_refuses_schedules(arguments: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Schedule(**{"first": 0.0, "last": 1.0, **arguments})
+    with pytest.raises(ValueError, match="`weight` must be finite"):
+        scheduled(math.inf, "weight")
+
+
+def test_schedules_of_a_run_without_length() -> None:
+    with pytest.raises(ValueError, match="`end=1.0` is a fraction of the run, but the training loader has no length"):
+        Schedule(0.0, 1.0).resolve(ENDLESS)
+    with pytest.raises(
+        ValueError, match="function of progress needs the length of the run, but .*no length.*`Schedule`"
+    ):
+        scheduled(lambda t: t, "weight").resolve(ENDLESS)
 
 
 class Ask(Callback):

