@@ -55,6 +55,16 @@ class ExampleInputs:
             raise ValueError(f"the inputs share no batch dimension: dimension 0 is {_spell_list(sorted(set(sizes)))}")
         return sizes[0]
 
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one row of the batch, in all tensors together.
+
+        Raises:
+            ValueError: As for `batch`.
+        """
+        leaves = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves) // self.batch
+
     def resized(self, size: int) -> ExampleInputs:
         """Return the same inputs with another batch size: the rows from the first on, again and again.
 

@@ -7,6 +7,7 @@ resumed run without a word. So :func:`run_length` may be called from ``on_train_
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,6 +67,42 @@ def steps_done(trainer: Trainer, pl_module: LightningModule) -> int:
 def callbacks(trainer: Trainer) -> list[Callback]:
     """Return the trainer's callbacks."""
     return trainer.callbacks  # type: ignore[attr-defined]  # set by its callback connector
+
+
+def validation(
+    module: Any, data: Any, monitor: str | None = None, trainer: Trainer | None = None
+) -> tuple[str, Callable[[Any], float]]:
+    """Return a metric's name, and a function that validates a module and returns that metric.
+
+    Args:
+        module: The LightningModule; it is validated once.
+        data: A LightningDataModule, or what ``Trainer.validate`` takes as dataloaders.
+        monitor: The metric's name; ``None`` takes the only one that is logged.
+        trainer: The Trainer to use; by default a quiet one.
+
+    Raises:
+        ValueError: If there is no such metric, or several and no name, with the names that there are.
+    """
+    from lightning.pytorch import LightningDataModule
+    from lightning.pytorch import Trainer as NewTrainer
+
+    validating = trainer or NewTrainer(
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    keyword = "datamodule" if isinstance(data, LightningDataModule) else "dataloaders"
+
+    def metrics(module: Any) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for of_a_loader in validating.validate(module, **{keyword: data}, verbose=False):
+            found |= of_a_loader
+        return found
+
+    names = list(metrics(module))
+    if monitor not in (names if monitor is not None or len(names) != 1 else [None]):
+        what = "must name a metric" if monitor is None else f"{monitor!r} is no metric"
+        raise ValueError(f"`monitor` {what} that the validation logs: {', '.join(map(repr, names)) or 'it logs none'}.")
+    name = monitor or names[0]
+    return name, lambda module: float(metrics(module)[name])
 
 
 def publish_compressed_metrics(trainer: Trainer, pl_module: LightningModule) -> None:

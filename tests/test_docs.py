@@ -16,7 +16,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 GIVEN = """
 import torch
 from tests.helpers import Net, StatefulLoader, held_out
-model = Net()
+model, teacher = Net(), Net(width=32)
 import lightning as L
 class Data(L.LightningDataModule):
     def train_dataloader(self): return StatefulLoader()
@@ -25,7 +25,7 @@ data = Data()
 """
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/pruning.md", "docs/quantization.md", "docs/removal.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/pruning.md", "docs/quantization.md", "docs/removal.md", "docs/distillation.md"])
 def test_the_code_of_the_page_runs(tmp_path: Path, page: str) -> None:
     blocks = BLOCK.findall((ROOT / page).read_text())
     assert blocks

@@ -7,7 +7,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_compress
 from lightning_compress import registry
@@ -24,12 +25,15 @@ from lightning_compress.example_inputs import ExampleInputs, InputCapture, is_co
 from lightning_compress.pruning.removal import profile
 from lightning_compress.report import measure, plots
 from lightning_compress.report.measure import ParameterCount, StepTimes
+from lightning_compress.report.similarity import layer_grams, similarities
 from lightning_compress.training import callbacks, is_sharded, plain, run_length, steps_done
 
 SCHEMA = 1
 """The version of the layout of ``report.json``: keys are added without a new one, none is renamed or removed."""
 
 _DEFLATED_AT_MOST = 256_000_000  # bytes; deflating more takes longer than a reader of the table wants to wait
+
+_SAVED_AT_MOST = 4_000_000  # bytes of inputs in a checkpoint
 
 
 @dataclass
@@ -158,6 +162,8 @@ class CompressionReport(Callback):
         """Note the sparsity and the metrics."""
         if self._run is not None and not trainer.sanity_checking:
             self._note(trainer, pl_module)
+        if self._run is not None:
+            self._note_representations(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the sparsity and the metrics where there is no validation."""
@@ -178,6 +184,7 @@ class CompressionReport(Callback):
         if not trainer.is_global_zero:
             return
 
+        zero_rows = measure.zero_rows(pl_module)
         figures: dict[str, Any] = {
             "schema": SCHEMA,
             "module": _name(pl_module),
@@ -190,12 +197,13 @@ class CompressionReport(Callback):
             "totals": _totals(counts, sparsity, techniques),
             "before": {key: self._before.get(key) for key in ("parameters", "nonzero", "bytes")},
             "techniques": [_summary(technique, counts) for technique in techniques],
-            "parameters": [_row(count, techniques) for count in counts],
+            "parameters": [_row(count, techniques) | {"zero_rows": zero_rows.get(count.name, [])} for count in counts],
             "run": self._run_figures(trainer, pl_module),
             "metrics": _metrics(trainer),
             "size": self._size_figures(trainer, pl_module),
             "latency": self._latency_figures(trainer, pl_module),
             "removed": self._removed_figures(trainer, pl_module),
+            "similarity": self._similarity_figures(trainer, pl_module),
             "checkpoints": list(_checkpoints(trainer, pl_module, counts, techniques, sparsity)),
             "history": self._history,
         }
@@ -367,20 +375,68 @@ class CompressionReport(Callback):
             self._before["inputs"] = run.inputs.describe()
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, other: nn.Module | None = None) -> dict[str, Any]:
-        run, precision, device = self._running, trainer.precision_plugin, trainer.strategy.root_device
-        assert run.inputs is not None
-        inputs = run.inputs.map(precision.convert_input)
+        device, context = trainer.strategy.root_device, trainer.precision_plugin.forward_context
+        assert self._running.inputs is not None
+        with self._at_hand(trainer, pl_module, self._running.inputs, other) as (module, inputs):
+            return measure.measure_latencies(module, inputs, device, context)
+
+    @contextmanager
+    def _at_hand(
+        self, trainer: Trainer, pl_module: LightningModule, inputs: ExampleInputs, other: nn.Module | None = None
+    ) -> Iterator[tuple[nn.Module, ExampleInputs]]:
+        """Yield the module that is called and its inputs, both on the device and in the precision of training."""
+        precision, device = trainer.precision_plugin, trainer.strategy.root_device
+        inputs = inputs.map(precision.convert_input)
         inputs = ExampleInputs(*move_data_to_device((inputs.args, inputs.kwargs), device))
         whole = pl_module if other is None else other
-        module = whole.get_submodule(run.inputs_of)
         found_on = pl_module.device  # at the end of a fit, Lightning has moved the model to the CPU
         if found_on != device:
             whole.to(device)
         try:
-            return measure.measure_latencies(module, inputs, device, precision.forward_context)
+            yield whole.get_submodule(self._running.inputs_of), inputs
         finally:
             if found_on != device:
                 whole.to(found_on)
+
+    # --- similarity ---------------------------------------------------------------------------------------------------
+
+    def _grams(self, trainer: Trainer, pl_module: LightningModule, inputs: ExampleInputs) -> dict[str, Tensor]:
+        prefix = f"{self._running.inputs_of}." if self._running.inputs_of else ""
+        with self._at_hand(trainer, pl_module, inputs) as (module, own), measure.preserved(module):
+            modes = [(child, child.training) for child in module.modules()]
+            module.eval()
+            try:
+                with trainer.precision_plugin.forward_context():
+                    return {prefix + name: matrix for name, matrix in layer_grams(module, own).items()}
+            finally:
+                for child, mode in modes:
+                    child.training = mode
+
+    def _note_representations(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember how alike the layers find a batch's samples, as long as nothing is compressed."""
+        run, compressing = self._running, [t for t in registry.techniques(pl_module) if t.layers()]
+        if run.inputs is None or not compressing or any(technique.stage() for technique in compressing):
+            return
+        # A resumed run goes on with these inputs, which are saved for it.
+        inputs = run.inputs.resized(min(run.inputs.batch, max(2, _SAVED_AT_MOST // max(run.inputs.row_bytes, 1))))
+        self._before["alike"] = {
+            "step": trainer.global_step,
+            "args": list(inputs.args),
+            "kwargs": dict(inputs.kwargs),
+            "grams": self._grams(trainer, pl_module, inputs),
+        }
+
+    def _similarity_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] | None:
+        before = self._before.get("alike")
+        if before is None or self._running.inputs is None:
+            return None
+        inputs = ExampleInputs(tuple(before["args"]), before["kwargs"])
+        after = self._grams(trainer, pl_module, inputs)
+        return {
+            "step": before["step"],
+            "samples": inputs.batch,
+            "layers": similarities(before["grams"], after),
+        }
 
     @property
     def _running(self) -> _Run:
@@ -390,7 +446,7 @@ class CompressionReport(Callback):
     # --- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the history and the figures of the model as it came: plain Python only."""
+        """Return the history and the figures of the model as it came: plain Python and tensors."""
         return {"history": copy.deepcopy(self._history), "before": copy.deepcopy(self._before)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

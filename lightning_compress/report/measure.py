@@ -123,6 +123,29 @@ def _count_nonzero(tensor: Tensor) -> Tensor:
     return DTensor.from_local(count, mesh, placements, run_check=False).full_tensor()
 
 
+@torch.no_grad()
+def zero_rows(module: nn.Module) -> dict[str, list[int]]:
+    """Return which rows of each weight are zero, by their positions in dimension 0: neurons and filters that are gone.
+
+    Weights without such rows, vectors and sharded parameters are left out.
+
+    Example::
+
+        >>> layer = nn.Linear(2, 3)
+        >>> _ = nn.init.zeros_(layer.weight[1])
+        >>> zero_rows(layer)
+        {'weight': [1]}
+    """
+    found = {}
+    for name, parameter in module.named_parameters():
+        is_whole = not isinstance(parameter, nn.parameter.UninitializedParameter)
+        if is_whole and parameter.dim() > 1 and not hasattr(parameter, "full_tensor"):
+            rows = (parameter == 0).flatten(1).all(1).nonzero().flatten().tolist()
+            if rows:
+                found[clean_name(name)] = rows
+    return found
+
+
 def share(part: int, whole: int) -> float:
     """Return `part` of `whole` as a number in [0, 1]; nothing of nothing is 0.
 

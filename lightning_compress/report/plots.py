@@ -55,12 +55,16 @@ def table(figures: Mapping[str, Any]) -> Table:
         layers.add_column(heading, justify="right", no_wrap=True)
     layers.add_column("", no_wrap=True)
     layers.add_column("by")
+    alike = (figures.get("similarity") or {}).get("layers", {})
+    if alike:
+        layers.add_column("CKA", justify="right", no_wrap=True)
     shown, rest = _most_important(figures["parameters"], _ROWS)
     for row in shown:
         layers.add_row(
             " = ".join([row["name"], *row["aliases"]]), spell_shape(row["shape"]), f"{row['total']:,}",
             f"{row['zeros']:,}", f"{row['sparsity']:.4f}", _bar(row["sparsity"]),
             ", ".join(row["techniques"]) or Text("dense" if not row["zeros"] else "–", "dim"),
+            *([_alike(row["name"], alike)] if alike else []),
         )  # fmt: skip
     if rest:
         what = "small ones: biases, norms" if len(shown) < _ROWS else "more, in report.json"
@@ -93,6 +97,12 @@ def table(figures: Mapping[str, Any]) -> Table:
             bullets.add_row(Text("!", "bold yellow") if is_warning else Text("·", "dim"), Text(word))
         outer.add_row(bullets)
     return outer
+
+
+def _alike(parameter: str, alike: Mapping[str, float | None]) -> str:
+    layer, _, kind = parameter.rpartition(".")
+    value = alike.get(layer) if "weight" in kind else None
+    return "" if value is None else f"{value:.3f}"
 
 
 def _sum_row(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
