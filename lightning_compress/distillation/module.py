@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
@@ -40,7 +40,8 @@ class DistillationModule(LightningModule):
 
     Raises:
         TypeError: If the student is no LightningModule.
-        ValueError: As for :class:`KnowledgeDistillation`.
+        ValueError: As for :class:`KnowledgeDistillation`; or if the student has an attribute ``student``,
+            ``student_type`` or ``distillation`` of its own.
 
     Example::
 
@@ -56,18 +57,6 @@ class DistillationModule(LightningModule):
 
     student_type: ClassVar[type[LightningModule] | None] = None
 
-    def __new__(cls, student: Any = None, *args: Any, **kwargs: Any) -> DistillationModule:
-        """Make an instance of a class of its own, which the student's class is a base of."""
-        if cls.student_type is not None:
-            return object.__new__(cls)
-        if isinstance(getattr(student, "_orig_mod", None), nn.Module):
-            raise TypeError("`student` is compiled: give the plain one, and compile the DistillationModule instead.")
-        if not isinstance(student, LightningModule):
-            raise TypeError(f"`student` must be a LightningModule, got {type(student).__name__}.")
-        if isinstance(student, DistillationModule):
-            raise TypeError("`student` is a DistillationModule already: give it a list of teachers.")
-        return object.__new__(_class_for(type(student)))
-
     def __init__(
         self,
         student: LightningModule,
@@ -82,12 +71,27 @@ class DistillationModule(LightningModule):
         initialize: str | dict[str, str] | None = None,
         cache: str | Path | None = None,
     ) -> None:
-        # The student has been initialized: its attributes become this object's, so that there is one state and not two.
+        if isinstance(getattr(student, "_orig_mod", None), nn.Module):
+            raise TypeError("`student` is compiled: give the plain one, and compile the DistillationModule instead.")
+        if not isinstance(student, LightningModule):
+            raise TypeError(f"`student` must be a LightningModule, got {type(student).__name__}.")
+        if isinstance(student, DistillationModule):
+            raise TypeError("`student` is a DistillationModule already: give it a list of teachers.")
+        for name in ("student", "student_type", "distillation"):
+            if hasattr(student, name):
+                raise ValueError(
+                    f"`student` has an attribute '{name}', as the DistillationModule does: rename it, or give the "
+                    f"Trainer a KnowledgeDistillation callback instead."
+                )
         distillation = KnowledgeDistillation(
             teacher, losses, temperature, weight, module, output, teacher_input, features, initialize, cache
         )
+        distillation.act_only_on_its_own()
+        # The student has been initialized: its attributes become this object's, so that there is one state and not two.
+        object.__setattr__(self, "__class__", _class_for(type(self), type(student)))
         object.__setattr__(self, "__dict__", vars(student))
         vars(self)["_aside"] = _Aside(distillation)
+        _keep_own_hyperparameters(student)
 
     @property
     def student(self) -> LightningModule:
@@ -116,12 +120,11 @@ class DistillationModule(LightningModule):
                     "The model is a DistillationModule, and the Trainer has a KnowledgeDistillation callback: leave "
                     "one of them out, and give the other a list of teachers."
                 )
-        self.distillation.act_only_on(self)
         return [*([own] if isinstance(own, Callback) else own), self.distillation]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Let copies and other processes make the class anew, which has no name to find it by."""
-        return _rebuild, (self.student_type,), vars(self)
+        return _rebuild, (type(self).__bases__[0], self.student_type), self.__getstate__()
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:
@@ -130,6 +133,15 @@ class DistillationModule(LightningModule):
             "The checkpoint of a DistillationModule is the student's own: load it by `Student.load_from_checkpoint`, "
             "with your student's class, or give it to `trainer.fit(module, ckpt_path=...)`."
         )
+
+
+def _keep_own_hyperparameters(student: LightningModule) -> None:
+    """Take those of the DistillationModule away that LightningCLI has given to the student within."""
+    given = student.hparams.get("student")
+    if "_class_path" in student.hparams and isinstance(given, Mapping):
+        own = {"_class_path": given["class_path"], "_instantiator": student.hparams["_instantiator"]}
+        student.hparams.clear()
+        student.save_hyperparameters(own | given.get("init_args", {}))
 
 
 class _Aside:
@@ -142,20 +154,21 @@ class _Aside:
         return self
 
 
-_classes: WeakKeyDictionary[type[LightningModule], type[DistillationModule]] = WeakKeyDictionary()
+_classes: WeakValueDictionary[tuple[type, type], type[DistillationModule]] = WeakValueDictionary()
 
 
-def _class_for(student_type: type[LightningModule]) -> type[DistillationModule]:
-    if student_type in _classes:
-        return _classes[student_type]
+def _class_for(base: type[DistillationModule], student_type: type[LightningModule]) -> type[DistillationModule]:
+    """Return a class derived from both; the same one each time."""
+    if (base, student_type) in _classes:
+        return _classes[base, student_type]
 
     def fill(namespace: dict[str, Any]) -> None:
-        namespace.update(student_type=student_type, __doc__=DistillationModule.__doc__, __module__=__name__)
+        namespace.update(student_type=student_type, __doc__=base.__doc__, __module__=base.__module__)
 
     name = f"Distilled{student_type.__name__}"
-    made: type[DistillationModule] = types.new_class(name, (DistillationModule, student_type), {}, fill)
-    return _classes.setdefault(student_type, made)
+    made: type[DistillationModule] = types.new_class(name, (base, student_type), {}, fill)
+    return _classes.setdefault((base, student_type), made)
 
 
-def _rebuild(student_type: type[LightningModule]) -> DistillationModule:
-    return object.__new__(_class_for(student_type))
+def _rebuild(base: type[DistillationModule], student_type: type[LightningModule]) -> DistillationModule:
+    return object.__new__(_class_for(base, student_type))

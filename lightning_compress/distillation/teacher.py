@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_compress.copying import standalone_copy
-from lightning_compress.distillation.capture import first_tensor
+from lightning_compress.distillation.capture import first_tensor, unchanged
 from lightning_compress.example_inputs import ExampleInputs, is_compiled
 from lightning_compress.modules import clean_name, named_module
 from lightning_compress.moments import number
@@ -59,6 +59,9 @@ class Teacher:
         self._handles: list[Any] = []
         self._watched: list[str] = []
         self._features: dict[str, tuple[Tensor, int]] = {}  # with the version of the tensor
+
+    def __str__(self) -> str:
+        return " and ".join(type(module).__name__ for module in self._members)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -135,13 +138,7 @@ class Teacher:
         for name in self._watched:
             if name not in self._features:
                 raise ValueError(f"`features` names '{name}', which the teacher's forward never calls.")
-            tensor, version = self._features[name]
-            if tensor._version != version:
-                raise ValueError(
-                    f"`features` names '{name}', whose output a later layer of the teacher changes in place: name that "
-                    f"layer, or set its `inplace=False`."
-                )
-        return {name: _single(tensor) for name, (tensor, _) in self._features.items()}
+        return {name: _single(unchanged(*kept, name, "teacher")) for name, kept in self._features.items()}
 
     @torch.compiler.disable
     def _keep(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
@@ -190,6 +187,9 @@ class EMATeacher(Teacher):
         self._restored: dict[str, Tensor] = {}
         self._matched: nn.Module | None = None  # the student that the pairs are of
         self._pairs: list[tuple[nn.Module, nn.Module, str]] = []
+
+    def __str__(self) -> str:
+        return f"the student's moving average (decay {self.decay:g})"
 
     @property
     def modules(self) -> list[nn.Module]:

@@ -61,9 +61,10 @@ class GradualPruning(Callback):
     """Prune a model while it trains, a little every few steps, to exactly the sparsity that is asked for.
 
     At ``begin``, every ``every`` steps and at ``end``, at the end of the training batch, the lowest-scoring weights
-    become zero, until ``final_sparsity`` of them are. They stay zero from then on: their gradients are cleared before
-    each optimizer step and the weights set to zero right after it. The parameters keep their names and hold their
-    zeros, so every checkpoint is as sparse as ``compress/sparsity`` says and loads into the plain model.
+    become zero, until ``final_sparsity`` of them are. Forward and backward see zeros from then on, and every checkpoint
+    holds them: the parameters keep their names, each is as sparse as ``compress/sparsity`` says, and loads into the
+    plain model. Until ``end`` a pruned weight may come back (``regrowth``); afterwards its gradient is cleared before
+    each optimizer step and the weight set to zero right after it.
 
     With S₀ and S₁ the first and last sparsity, t the progress from ``begin`` to ``end`` in [0, 1] and f the
     ``schedule``, the sparsity is S(t) = S₀ + (S₁ − S₀)·f(t). The zeros of a model that is already sparse are kept, and
@@ -91,8 +92,12 @@ class GradualPruning(Callback):
         begin: When pruning begins: an ``int`` is optimizer steps, a ``float`` a fraction of the run, ``"3ep"`` epochs.
         end: When the final sparsity is reached, and the masks are frozen.
         every: How long from one update of the masks to the next.
-        regrowth: At each update, this share of the kept (or of the pruned, if they are fewer) single weights is swapped
-            for the pruned ones with the largest gradient; it fades to 0 at ``end`` (RigL). In [0, 1).
+        regrowth: Which pruned weights come back before ``end``. ``"feedback"``: each optimizer step also moves a copy
+            of the pruned weights by their gradients, and each update ranks all of them afresh; for weights, N:M and
+            blocks, and any criterion but ``"random"``. A share in [0, 1): at each update, this share of the kept (or of
+            the pruned, if they are fewer) single weights is swapped for the pruned ones with the largest gradient,
+            fading to 0 (RigL); 0.0 lets none come back. ``None`` is ``"feedback"`` for single weights by magnitude, and
+            0.0 for all else.
         include: Patterns on the names of the modules to prune; by default all linear, convolutional, attention and
             recurrent ones. A name without wildcards is taken whatever its type is.
         exclude: Patterns on the names of modules to leave alone.
@@ -112,7 +117,8 @@ class GradualPruning(Callback):
         pruned alike.
 
     Prune early and often, and leave half of the run to recover: that is what the defaults do. (Zhu and Gupta 2017,
-    arXiv 1710.01878; Evci et al. 2020, arXiv 1911.11134, for ``erk``.)
+    arXiv 1710.01878; Evci et al. 2020, arXiv 1911.11134, for ``erk``; Lin et al. 2020, arXiv 2006.07253, for
+    ``"feedback"``.)
 
     Example::
 
@@ -134,7 +140,7 @@ class GradualPruning(Callback):
         begin: MomentLike = 0.05,
         end: MomentLike = 0.5,
         every: MomentLike = 0.005,
-        regrowth: float = 0.0,
+        regrowth: float | Literal["feedback"] | None = None,
         include: Sequence[str] | str | None = None,
         exclude: Sequence[str] | str | None = None,
         parameters: Sequence[str] = ("weight",),
@@ -156,10 +162,16 @@ class GradualPruning(Callback):
         self.scope = one_of(scope, SCOPES, "scope")
         if self.scope == "erk" and self._granularity.kind == "pattern":
             raise ValueError(f"`scope='erk'` spreads a sparsity that `granularity={granularity!r}` has set already.")
-        self.regrowth = number(regrowth, "regrowth", 0.0, 1.0)
-        if self.regrowth == 1.0:
-            raise ValueError(f"`regrowth` must lie in [0, 1), got {regrowth!r}.")
-        if self.regrowth and self._granularity.kind != "weight":
+        if regrowth is None:
+            regrowth = "feedback" if (granularity, criterion) == ("weight", "magnitude") else 0.0
+        self.regrowth = regrowth if regrowth == "feedback" else _share_that_returns(regrowth)
+        if self.regrowth == "feedback" and (self._granularity.is_structured or criterion == "random"):
+            odd = f"granularity={granularity!r}" if self._granularity.is_structured else "criterion='random'"
+            raise ValueError(
+                f"`regrowth='feedback'` ranks what pruned weights have learnt: it does not suit `{odd}`. "
+                f"Set `regrowth=0.0`."
+            )
+        if isinstance(self.regrowth, float) and self.regrowth and self._granularity.kind != "weight":
             raise ValueError(
                 f"`regrowth={regrowth!r}` brings single weights back: it does not suit `granularity={granularity!r}`."
             )
@@ -265,7 +277,7 @@ class GradualPruning(Callback):
         self._is_trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         self._optimizers = list(trainer.optimizers)
         for optimizer in self._optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_raw_step))
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
         if self._restored is not None and "structure" in self._restored:
             self._drop_capture()
@@ -360,6 +372,7 @@ class GradualPruning(Callback):
             self.scope,
             self.initial_sparsity,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            feedback=self.regrowth == "feedback",
         )
         if self._criterion.signal == "activation":
             scored = {i for field in fields for i in field.scored}
@@ -419,7 +432,10 @@ class GradualPruning(Callback):
         return not is_over and (self._criterion.is_lasting or self._upcoming > begin - every)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Read the gradients, and clear those of pruned weights before clipping sees them and momentum gathers them."""
+        """Read the gradients, and clear those of pruned weights before clipping sees them and momentum gathers them.
+
+        Gradients of weights that may come back by feedback stay.
+        """
         if not self._has_started:
             if self._pruner is None:
                 return
@@ -428,29 +444,60 @@ class GradualPruning(Callback):
         self._read_gradients(optimizer, is_scaled=scaler is not None)
         self._has_cleared = True
 
-    def _before_raw_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # An optimizer that manual optimization steps without Lightning's wrapper comes only here, with its gradients
-        # ready. In all other cases on_before_optimizer_step has been called, or will be within the closure.
-        has_closure = any(callable(value) for value in (*args[1:], *kwargs.values()))
-        if self._has_started and not has_closure and not self._has_cleared:
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._has_started:
+            return None
+        if any(callable(value) for value in (*args[1:], *kwargs.values())):
+            masked = {name: self._on_masked_weights(value, optimizer) for name, value in kwargs.items()}
+            return (args[0], *(self._on_masked_weights(value, optimizer) for value in args[1:])), masked
+        self._hand_over(optimizer)
+        return None
+
+    def _on_masked_weights(self, closure: Any, optimizer: Optimizer) -> Any:
+        """Return a closure that sees pruned weights as zeros, however often it is evaluated in a step."""
+        if not callable(closure):
+            return closure
+        is_moved = False
+
+        def evaluate(*args: Any, **kwargs: Any) -> Any:
+            nonlocal is_moved
+            if is_moved:
+                self._running.enforce(but=self._of_others(optimizer))
+            is_moved = True
+            loss = closure(*args, **kwargs)
+            self._hand_over(optimizer)
+            return loss
+
+        return evaluate
+
+    def _hand_over(self, optimizer: Optimizer) -> None:
+        """Let the optimizer move the weights: their gradients are ready."""
+        # One that manual optimization steps without Lightning's wrapper has not come to on_before_optimizer_step.
+        if not self._has_cleared:
             self._read_gradients(optimizer, is_scaled=False)
+        self._running.put_back(self._of_others(optimizer))
+
+    def _of_others(self, optimizer: Optimizer) -> set[int]:
+        """Return the ids of other optimizers' parameters: these may be in a graph whose backward is still to come."""
+        others = [_owned(other) for other in self._optimizers if other is not optimizer]
+        return set().union(*others).difference(_owned(optimizer)) if others else set()
 
     def _read_gradients(self, optimizer: Optimizer, *, is_scaled: bool) -> None:
         pruner, (begin, end, every) = self._running, self._span
-        regrows = self.regrowth > 0 and begin < self._upcoming < end and (self._upcoming - begin) % every == 0
+        share = self.regrowth if isinstance(self.regrowth, float) else 0.0
+        regrows = share > 0 and begin < self._upcoming < end and (self._upcoming - begin) % every == 0
         gathers = self._criterion.signal == "gradient" and self._is_watching()
         if regrows or gathers:
-            owned = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+            owned = _owned(optimizer)
             # A step that loss scaling is about to skip is no step.
             if not is_scaled or pruner.agree(all(_is_finite(p.grad) for p in owned.values())):
                 if gathers:
                     pruner.gather_gradients(owned)
                 if regrows and not self._is_held():
-                    self._regrow(optimizer, owned)
+                    self._regrow(optimizer, owned, share * (1.0 - progress(self._upcoming, begin, end)))
         pruner.clear_gradients()
 
-    def _regrow(self, optimizer: Optimizer, owned: Collection[int]) -> None:
-        begin, end, _ = self._span
+    def _regrow(self, optimizer: Optimizer, owned: Collection[int], share: float) -> None:
         step, done = self._regrown
         place = self._optimizers.index(optimizer) if optimizer in self._optimizers else -1
         done = done if step == self._upcoming else []
@@ -458,13 +505,13 @@ class GradualPruning(Callback):
             return
         self._regrown = (self._upcoming, [*done, place])
         self._take_norms()
-        self._running.regrow(self.regrowth * (1.0 - progress(self._upcoming, begin, end)), owned)
-        self._enforce_everywhere()
+        self._running.regrow(share, owned)
+        self._enforce_averages()
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._has_cleared = False
         if self._has_started:
-            self._running.enforce()
+            self._running.enforce(but=self._of_others(optimizer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -510,13 +557,20 @@ class GradualPruning(Callback):
             return False
         # Where the last update lacked a signal (a step that was skipped, say) it is made up for at the next step.
         self._last_update = step if is_complete or step < end else last
+        if step >= end and is_complete:
+            self._running.settle()
         self._enforce_everywhere()
         return True
 
     def _enforce_everywhere(self) -> None:
-        # An average of weights is zero where all of them are: averaged copies need the masks only when these change.
         self._running.enforce()
+        self._enforce_averages()
+
+    def _enforce_averages(self) -> None:
+        # An average of weights is zero where all of them are: averaged copies need the masks only when these change.
         for parameters in self._averaged:
+            if self.regrowth == "feedback":
+                self._running.fill(parameters)
             self._running.enforce(parameters)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -594,7 +648,9 @@ class GradualPruning(Callback):
             rank_zero_warn(f"GradualPruning: the pruned {self.granularity}s were not cut out: {error}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hooks behind."""
+        """Leave no hooks behind, and no weights that only the optimizer should have seen."""
+        if self._pruner is not None and self._pruner.is_dense:
+            self._pruner.enforce()
         self._release(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -701,8 +757,22 @@ class GradualPruning(Callback):
         return self._pruner
 
 
+def _owned(optimizer: Optimizer) -> dict[int, nn.Parameter]:
+    return {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
+
+
 def _is_finite(gradient: Tensor | None) -> bool:
     return gradient is None or bool(sharding.local(gradient).isfinite().all())
+
+
+def _share_that_returns(value: Any) -> float:
+    try:
+        share = number(value, "regrowth", 0.0, 1.0)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{str(error).removesuffix('.')}; or give 'feedback'.") from None
+    if share == 1.0:
+        raise ValueError(f"`regrowth` must lie in [0, 1), or be 'feedback', got {value!r}.")
+    return share
 
 
 def _sparsities(value: Any) -> float | dict[str, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,8 @@ class Pruner:
         scope: ``"global"``, ``"layer"`` or ``"erk"``: how a group's sparsity is spread over its fields.
         initial_sparsity: The sparsity at the start of the ramp.
         seed: Of the random numbers that a criterion may ask for.
+        feedback: Whether pruned weights go on learning until :meth:`settle`: the optimizer moves a copy of them, which
+            every update ranks afresh together with the weights (Lin et al. 2020, arXiv 2006.07253).
 
     Attributes:
         root: The module that ``FullyShardedDataParallel`` (FSDP1) wraps, to be set before the start; DTensors (FSDP2)
@@ -90,15 +93,23 @@ class Pruner:
         scope: str,
         initial_sparsity: float = 0.0,
         seed: int = 0,
+        feedback: bool = False,
     ) -> None:
         self.targets, self.fields, self.seed = list(targets), list(fields), seed
         self.masks: list[Tensor] = []  # of the targets' entries
-        self._fast_masks: list[Tensor] = []  # the same, in the form in which they are enforced
+        self._enforced: list[tuple[int, Tensor]] = []  # targets with zeros, and their masks in the form for every step
+        self._cleared: list[tuple[int, Tensor]] = []  # the same for gradients
         self.surplus = 0
         self.rescued: set[str] = set()
         self.without_signal: set[str] = set()
         self._criterion = criterion
         self._units: list[Tensor] = []  # masks of the fields' units; for single weights these are the targets' masks
+        self._feedback = feedback
+        self._initial: list[Tensor] | None = None  # those at the start, as long as all that was pruned since may return
+        self._initially_pruned: list[int] = []
+        self._copies: list[Tensor] = []  # for each target the values of pruned weights that learn, zero elsewhere
+        self._copied: list[tuple[int, Tensor]] = []  # where they are
+        self._dense: list[int] = []  # targets into which their copies are put back now
         self.root: nn.Module | None = None
         self._pieces: dict[int, sharding.Piece] = {}  # what this process holds of sharded parameters
         self._held: dict[int, nn.Parameter] = {}  # those parameters
@@ -167,6 +178,7 @@ class Pruner:
         self._locate()
         self._signals = [None] * len(self.targets)
         self._grown, self._updates, self.surplus = None, 0, 0
+        self._initial, self._copies, self._dense = None, [], []
         self.rescued, self.without_signal = set(), set()
         self._units = [field.initial({i: self._weight(i) for i in field.members}) for field in self.fields]
         self._spread()
@@ -182,11 +194,16 @@ class Pruner:
                 masking.free_surplus_([self._units[i] for i in path.fields], existing - path.final)
                 self.surplus += existing - path.final
             path.start = min(max(path.first, existing), path.final)
+        if self._feedback:
+            self._initial = [mask.clone() for mask in self._units]
         self._spread()
+        self._initially_pruned = self._pruned
 
     @torch.no_grad()
     def update(self, done: float) -> bool:
-        """Prune the lowest scores until the share `done` of the way is behind; what is pruned stays so.
+        """Prune the lowest scores until the share `done` of the way is behind.
+
+        What is pruned stays so; while pruned weights learn, all but the zeros of the start are ranked afresh.
 
         Args:
             done: The share of the way, from 0 to 1.
@@ -199,26 +216,39 @@ class Pruner:
         """
         chosen = []
         self._share_signals()
-        for path in self._paths:
-            missing = path.count(done) - sum(self._pruned[i] for i in path.fields)
-            if missing > 0 and (selected := self._choose(path, missing)) is not None:
-                chosen.append((path, selected))
-        self._updates += 1
-        self._grown = None
-        if not self._criterion.is_lasting:
-            self._signals = [None] * len(self.targets)
-        for path, selected in chosen:
-            for i, out in zip(path.fields, selected, strict=True):
-                self._units[i].logical_and_(out.logical_not_())
-        if chosen:
+        if self._initial is not None and not self._copies:
+            self._copies = [torch.zeros_like(self._weight(i)) for i in range(len(self.targets))]
             self._spread()
+        with self._dense_weights():
+            for path in self._paths:
+                kept, counts = zip(*map(self._before_update, path.fields), strict=True)
+                missing = max(path.count(done), sum(self._pruned[i] for i in path.fields)) - sum(counts)
+                if missing > 0 and (selected := self._choose(path, kept, missing)) is not None:
+                    chosen.append((path, kept, selected))
+            self._updates += 1
+            self._grown = None
+            if not self._criterion.is_lasting:
+                self._signals = [None] * len(self.targets)
+            for path, kept, selected in chosen:
+                for i, mask, out in zip(path.fields, kept, selected, strict=True):
+                    self._units[i] = mask & out.logical_not_()
+            if chosen:
+                self._spread()
+        if chosen:
             self.enforce()
         return all(path.count(done) <= sum(self._pruned[i] for i in path.fields) for path in self._paths)
 
-    def _choose(self, path: _Path, missing: int) -> list[Tensor] | None:
+    def _before_update(self, field: int) -> tuple[Tensor, int]:
+        """Return the mask of the units among which an update chooses, and how many are pruned in it."""
+        scored = self.fields[field].scored
+        has_score = self._criterion.signal in (None, "random") or all(self._signals[i] is not None for i in scored)
+        if self._initial is None or not has_score:
+            return self._units[field], self._pruned[field]
+        return self._initial[field], self._initially_pruned[field]
+
+    def _choose(self, path: _Path, kept: Sequence[Tensor], missing: int) -> list[Tensor] | None:
         """Return which units go, as many as are missing or as there are with a score; ``None`` without any."""
         fields = [self.fields[i] for i in path.fields]
-        kept = [self._units[i] for i in path.fields]
         if self._grown is not None:  # what has only just come back is small, and gets its chance
             kept = [mask & ~self._grown[i] for mask, i in zip(kept, path.fields, strict=True)]
         scores, is_absolute = self._scores(fields)
@@ -304,13 +334,14 @@ class Pruner:
         gather = self._criterion.gather
         if gather is None:
             return
-        for i in sorted({i for field in self.fields for i in field.scored}):
-            gradient = self._gradient(i, owned)
-            if gradient is None:
-                continue
-            told = gather(self._weight(i), gradient)
-            previous = self._signals[i]
-            self._signals[i] = told.clone() if previous is None else previous.add_(told)
+        with self._dense_weights(self._all_but(owned)):
+            for i in sorted({i for field in self.fields for i in field.scored}):
+                gradient = self._gradient(i, owned)
+                if gradient is None:
+                    continue
+                told = gather(self._weight(i), gradient)
+                previous = self._signals[i]
+                self._signals[i] = told.clone() if previous is None else previous.add_(told)
 
     @torch.no_grad()
     def add_squares(self, squares: Mapping[int, Tensor]) -> None:
@@ -365,47 +396,113 @@ class Pruner:
             kept.logical_and_(~dropped).logical_or_(grown[i])
         self._grown = grown
         self._spread()
-        self.enforce()
+        self.enforce(but=self._all_but(owned))
 
     # --- enforcing ----------------------------------------------------------------------------------------------------
 
-    def enforce(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
-        """Set the pruned weights to zero.
+    @torch.no_grad()
+    def enforce(self, parameters: Sequence[nn.Parameter] | None = None, *, but: Collection[int] = ()) -> None:
+        """Set the pruned weights to zero; the values of those that learn go into their copies first.
 
         Args:
             parameters: Other tensors of the same shapes to act on, in the targets' order; by default their own.
+            but: The ``id`` of each of their own that is left alone, for it cannot have changed.
         """
-        own = map(self._parameter, range(len(self.targets))) if parameters is None else parameters
-        self._zero([sharding.local(parameter.detach()) for parameter in own])
+        if parameters is None and self._dense:
+            copies = [self._copies[i] for i in self._dense]
+            torch._foreach_copy_(copies, [self._weight(i) for i in self._dense])
+            masking.zero_pruned_(copies, [self._copied[i][1] for i in self._dense])
+            self._dense = []
+        due = [(i, mask) for i, mask in self._enforced if not but or id(self._parameter(i)) not in but]
+        weights = [self._weight(i) if parameters is None else sharding.local(parameters[i].detach()) for i, _ in due]
+        masking.zero_pruned_(weights, [mask for _, mask in due])
 
     def clear_gradients(self) -> None:
-        """Set the gradients of pruned weights to zero, so that no optimizer gathers momentum there."""
-        gradients = [self._parameter(i).grad for i in range(len(self.targets))]
-        self._zero([None if g is None or g.layout != torch.strided else sharding.local(g) for g in gradients])
+        """Set the gradients of weights that stay pruned to zero, so that no optimizer gathers momentum there."""
+        gradients = [(self._parameter(i).grad, mask) for i, mask in self._cleared]
+        pairs = [(sharding.local(g), mask) for g, mask in gradients if g is not None and g.layout == torch.strided]
+        masking.zero_pruned_([gradient for gradient, _ in pairs], [mask for _, mask in pairs])
 
-    def _zero(self, tensors: Sequence[Tensor | None]) -> None:
-        pairs = [
-            (tensor, mask)
-            for tensor, mask, pruned in zip(tensors, self._fast_masks, self._pruned_entries, strict=True)
-            if tensor is not None and pruned
-        ]
-        masking.zero_pruned_([tensor for tensor, _ in pairs], [mask for _, mask in pairs])
+    @torch.no_grad()
+    def put_back(self, but: Collection[int] = ()) -> None:
+        """Add the copies of pruned weights to these, for an optimizer to move them, until :meth:`enforce`.
+
+        Args:
+            but: The ``id`` of each parameter that the optimizer will not change.
+        """
+        if not self._copies or self._dense:
+            return
+        self._dense = [i for i in range(len(self.targets)) if not but or id(self._parameter(i)) not in but]
+        if self._dense:
+            torch._foreach_add_([self._weight(i) for i in self._dense], [self._copies[i] for i in self._dense])
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether copies are in the weights now."""
+        return bool(self._dense)
+
+    @torch.no_grad()
+    def fill(self, averages: Sequence[nn.Parameter]) -> None:
+        """Give averages of weights the value of each weight that has just come back: they are zero there."""
+        for i, parameter in enumerate(averages):
+            average = sharding.local(parameter.detach())
+            average.copy_(torch.where(average == 0, self._weight(i).to(average), average))
+
+    @contextmanager
+    def _dense_weights(self, but: Collection[int] = ()) -> Iterator[None]:
+        self.put_back(but)
+        try:
+            yield
+        finally:
+            if self._dense:
+                self.enforce(but=but)
+
+    def _all_but(self, owned: Collection[int]) -> set[int]:
+        return {id(self._parameter(i)) for i in range(len(self.targets))}.difference(owned)
+
+    def settle(self) -> None:
+        """Forget what pruned weights have learnt: from here on they stay zero."""
+        if self._initial is not None:
+            self._initial, self._copies = None, []
+            self._spread()
 
     def _spread(self) -> None:
         """Derive the masks of entries from those of units, and count both."""
-        masks: dict[int, Tensor] = {}
-        for field, units in zip(self.fields, self._units, strict=True):
-            for i, mask in field.spread(units).items():
-                masks[i] = masks[i] & mask if i in masks else mask
-        self.masks = [masks[i] for i in range(len(self.targets))]
-        self._fast_masks = self.masks
-        if sum(mask.numel() for mask in self.masks) <= _FEW:
-            self._fast_masks = [masking.as_bits(mask, self._weight(i).dtype) for i, mask in enumerate(self.masks)]
-        self._pruned = [
-            field.size - count for field, count in zip(self.fields, self._count_units(self._units), strict=True)
-        ]
+        self.masks = self._entries(self._units)
+        self._pruned = self._count_pruned(self._units)
         entries = sharding.total(_count(self.masks), self._group)
         self._pruned_entries = [self._shape(i).numel() - count for i, count in enumerate(entries)]
+        self._enforced = self._fast((i, mask) for i, mask in enumerate(self.masks) if self._pruned_entries[i])
+        self._cleared, self._copied = self._enforced, []
+        if self._initial is not None:
+            may_learn = self._entries(self._initial)
+            counts = zip(may_learn, _count(may_learn), strict=True)
+            self._cleared = self._fast((i, mask) for i, (mask, count) in enumerate(counts) if count < mask.numel())
+        if self._copies:
+            self._copied = self._fast(enumerate(self._learning()))
+
+    def _entries(self, units: Sequence[Tensor]) -> list[Tensor]:
+        """Return the masks of the targets' entries."""
+        masks: dict[int, Tensor] = {}
+        for field, part in zip(self.fields, units, strict=True):
+            for i, mask in field.spread(part).items():
+                masks[i] = masks[i] & mask if i in masks else mask
+        return [masks[i] for i in range(len(self.targets))]
+
+    def _learning(self) -> list[Tensor]:
+        """Return which entries of the targets are pruned and may come back."""
+        assert self._initial is not None
+        return [may & ~mask for may, mask in zip(self._entries(self._initial), self.masks, strict=True)]
+
+    def _fast(self, masks: Iterable[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+        """Return masks of targets in the form in which they are applied at every step."""
+        if sum(mask.numel() for mask in self.masks) > _FEW:
+            return list(masks)
+        return [(i, masking.as_bits(mask, self._weight(i).dtype)) for i, mask in masks]
+
+    def _count_pruned(self, units: Sequence[Tensor]) -> list[int]:
+        """Return how many units of each field are pruned."""
+        return [field.size - count for field, count in zip(self.fields, self._count_units(units), strict=True)]
 
     def _count_units(self, masks: Iterable[Tensor]) -> list[int]:
         """Return how many units are True in masks, over all processes that share them."""
@@ -455,11 +552,21 @@ class Pruner:
     # --- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the masks as packed bits, the signals, and where the way began: tensors and plain Python only."""
+        """Return masks as packed bits, signals, the values of pruned weights that learn, and where the way began.
+
+        Tensors and plain Python only.
+        """
+        if self._dense:  # the optimizer broke off
+            self.enforce()
         self._share_signals()
         is_entries = self._criterion.signal == "gradient"
         return {
             "masks": self._packed(self._units),
+            "initial": None if self._initial is None else self._packed(self._initial),
+            "copies": {
+                self.targets[i].name: self._whole(i, self._copies[i])[self._whole(i, learns)]
+                for i, learns in enumerate(self._learning() if self._copies else ())
+            },
             "grown": None if self._grown is None else self._packed(self._grown),
             "signals": {
                 self.targets[i].name: (self._whole(i, signal) if is_entries else signal).clone()
@@ -496,7 +603,20 @@ class Pruner:
         for path, start in zip(self._paths, state["start"], strict=True):
             path.start = start
         self._updates, self.seed = state["updates"], state["seed"]
+        self._dense, self._initial, self._copies = [], None, []
         self._spread()
+        if not self._feedback or (state["initial"] is None and self.stage == 1.0):
+            return
+        # what was pruned before weights learnt, by another setting, stays pruned
+        self._initial = self._unpacked(state["masks"] if state["initial"] is None else state["initial"])
+        self._initially_pruned = self._count_pruned(self._initial)
+        self._copies = [torch.zeros_like(self._weight(places[name])) for name in state["copies"]]
+        self._spread()
+        for i, learns in enumerate(self._learning() if self._copies else ()):
+            copy, values = self._copies[i], state["copies"][self.targets[i].name]
+            whole = copy.new_zeros(self._shape(i))
+            whole[self._whole(i, learns)] = values.to(whole)
+            copy.copy_(self._own(i, whole))
 
     def _packed(self, masks: Sequence[Tensor]) -> dict[str, Any]:
         out = {}

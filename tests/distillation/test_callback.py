@@ -10,8 +10,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_compress import (
     AccuracyGuard,
@@ -25,6 +27,7 @@ from tests.helpers import (
     FEATURES,
     Crash,
     CrashAt,
+    LazyNet,
     ManualNet,
     Net,
     StatefulLoader,
@@ -246,6 +249,102 @@ class Parts(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def distilled(tmp_path: Path, make: Any, **kwargs: Any) -> dict[str, Tensor]:
+    module = seeded(make)
+    fit(tmp_path, module, [KnowledgeDistillation(teacher(), **kwargs)])
+    return dict(module.state_dict())
+
+
+@pytest.mark.parametrize("features", [None, {"net.1": "net.1"}])
+def test_passes_without_gradients_do_not_count(tmp_path: Path, features: Any) -> None:
+    class Looks(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            with torch.no_grad():
+                self(2.0 * batch[0])
+            loss = super().training_step(batch, batch_idx)
+            with torch.no_grad():
+                self(0.0 * batch[0])
+            return loss
+
+    kwargs = {"features": features}
+    assert same(distilled(tmp_path, Net, **kwargs), distilled(tmp_path, Looks, **kwargs))
+
+
+def test_passes_before_a_backward_pass_do_not_count(tmp_path: Path) -> None:
+    """As in sharpness-aware minimization: the graph of the first pass is gone when the second is distilled."""
+
+    class Once(ManualNet):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            for is_last in (False, True):
+                optimizer.zero_grad()
+                loss = self.loss(batch)
+                self.manual_backward(distilled_loss(self, loss) if is_last else loss)
+                optimizer.step()
+
+    class Afterwards(Once):
+        """Makes its own first pass in plain torch, where nobody sees it."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            out = batch[0]
+            for layer in self.net:
+                out = layer.forward(out)
+            self.manual_backward(F.cross_entropy(out, batch[1]))
+            optimizer.step()
+            optimizer.zero_grad()
+            self.manual_backward(distilled_loss(self, self.loss(batch)))
+            optimizer.step()
+
+    assert same(distilled(tmp_path, Once), distilled(tmp_path, Afterwards))
+
+
+def test_one_pass_may_be_distilled_after_another_backward_pass(tmp_path: Path) -> None:
+    """As a generator's, whose discriminator goes first."""
+
+    class Adversarial(ManualNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.critic = nn.Linear(CLASSES, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            out = self(batch[0])
+            self.manual_backward(self.critic(out.detach()).mean())
+            optimizer.zero_grad()
+            self.manual_backward(distilled_loss(self, F.cross_entropy(out, batch[1])))
+            optimizer.step()
+
+    module = distilled(tmp_path, Adversarial)
+    plain = distilled(tmp_path, Net)
+    assert all(torch.equal(module[name], plain[name]) for name in plain)
+
+
+def test_refuses_inputs_that_the_student_changes(tmp_path: Path) -> None:
+    class Changes(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(0.5))
+
+    with pytest.raises(ValueError, match="changes its input in place"):
+        distilled(tmp_path, Changes)
+
+
+def test_refuses_features_within_reentrant_checkpointing(tmp_path: Path) -> None:
+    class Recomputes(Net):
+        is_reentrant = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = checkpoint(self.net[:2].forward, x.requires_grad_(), use_reentrant=self.is_reentrant)
+            return self.net[2:].forward(out)
+
+    kwargs = {"features": {"net.0": "net.0"}, "module": ""}
+    assert same(distilled(tmp_path, Recomputes, **kwargs), distilled(tmp_path, Net, **kwargs))
+    Recomputes.is_reentrant = True
+    with pytest.raises(ValueError, match=r"'net\.0'.*use_reentrant=False"):
+        distilled(tmp_path, Recomputes, **kwargs)
+
+
 def test_two_parts_need_a_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'body' and 'head'.*`module`"):
         fit(tmp_path, seeded(Parts), [KnowledgeDistillation(teacher())])
@@ -337,6 +436,19 @@ def test_projectors_train_with_the_student_and_stay_out_of_its_checkpoint(tmp_pa
     # The bare student goes on from it, too.
     bare = seeded(lambda: Net(optimizer=ADAM))
     trainer(tmp_path).fit(bare, StatefulLoader(), held_out(), ckpt_path=tmp_path / "crash.ckpt")
+
+
+def test_projectors_begin_as_the_first_process_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some seed each process differently."""
+
+    def first_layer(seed: str) -> Tensor:
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        return features_run(tmp_path)[0].net[0].weight.detach().clone()
+
+    assert not torch.equal(first_layer("3"), first_layer("4"))
+    of_the_first = first_layer("3")
+    monkeypatch.setattr(SingleDeviceStrategy, "broadcast", lambda self, obj, src=0: 3 if obj == 4 else obj)
+    assert torch.equal(first_layer("4"), of_the_first)
 
 
 def test_unknown_features(tmp_path: Path) -> None:
@@ -449,6 +561,17 @@ def test_cache_asks_the_teacher_once(tmp_path: Path, shuffle: bool, has_index: b
     assert run(tmp_path / "cache")[1] == 0
 
 
+def test_cache_needs_a_length(tmp_path: Path) -> None:
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            rows = Rows(has_index=True)
+            yield from (rows[index] for index in range(8))
+
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=8)
+    with pytest.raises(ValueError, match="`cache` needs to know how many samples"):
+        trainer(tmp_path, [KnowledgeDistillation(teacher(), cache=tmp_path / "cache")]).fit(seeded(Keyed), loader)
+
+
 # --- together ---------------------------------------------------------------------------------------------------------
 
 
@@ -509,6 +632,23 @@ def test_best_checkpoint_and_loss_scaling(tmp_path: Path) -> None:
 def test_bad_arguments(kwargs: Any, match: str) -> None:
     with pytest.raises((ValueError, TypeError), match=f"`{match}"):
         KnowledgeDistillation(nn.Linear(2, 2), **kwargs)
+
+
+def test_says_who_teaches_and_how(tmp_path: Path) -> None:
+    distillation = KnowledgeDistillation([teacher(), nn.Linear(FEATURES, CLASSES)], weight={"first": 1.0, "last": 0.5})
+    assert distillation.summary() == "the teacher teaches by kl, temperature 4, weight 1 to 0.5"
+    fit(tmp_path, seeded(Net), [distillation], max_epochs=1)
+    assert distillation.summary() == "Net and Linear teaches by kl, temperature 4, weight 1 to 0.5"
+    average = KnowledgeDistillation("ema:0.9", weight=lambda t: 1.0 - t)
+    fit(tmp_path, seeded(Net), [average], max_epochs=1)
+    expected = "the student's moving average (decay 0.9) teaches by kl, temperature 4, weight as a function of progress"
+    assert average.summary() == expected
+
+
+def test_does_not_write_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_compress.distillation.callback.is_sharded", lambda run: True)
+    with pytest.raises(ValueError, match="`initialize` cannot write into"):
+        fit(tmp_path, seeded(LazyNet), [KnowledgeDistillation(teacher(16), initialize="copy")])
 
 
 def test_refuses_what_makes_no_sense(tmp_path: Path) -> None:

@@ -111,6 +111,15 @@ def test_features() -> None:
         capture.features()
 
 
+def test_a_feature_that_is_changed_in_place_is_refused() -> None:
+    student = Student()
+    student.net[1] = nn.ReLU(inplace=True)
+    capture = OutputCapture(student, features=["net.0"])
+    record(capture, lambda: student(X))
+    with pytest.raises(ValueError, match=r"'net\.0', whose output a later layer of the student changes in place"):
+        capture.features()
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own
 @pytest.mark.parametrize("inside", [False, True])
 def test_compiled_parts(inside: bool) -> None:
@@ -164,3 +173,23 @@ def test_select_output(output: Any, select: Any) -> None:
 def test_select_output_says_what_there_is(output: Any, select: Any) -> None:
     with pytest.raises(ValueError, match="give `output` the key, the index"):
         select_output(output, select)
+
+
+@pytest.mark.parametrize("name", [None, ""])
+def test_a_call_around_the_recording_does_not_count(name: str | None) -> None:
+    """DistributedDataParallel calls the root around ``training_step``."""
+    root = nn.Linear(3, 2)
+    capture, forward = OutputCapture(root, name), root.forward
+    taken = []
+
+    def redirected(x: Tensor) -> Tensor:
+        root.forward = forward  # type: ignore[method-assign]
+        with capture.recording():
+            loss = root(x).sum()
+            taken.extend(capture.take())
+        return loss
+
+    for _ in range(2):
+        root.forward = redirected  # type: ignore[method-assign]
+        root(torch.zeros(4, 3))
+    assert [call.output.shape for call in taken] == [(4, 2), (4, 2)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_compress.distillation import losses
-from lightning_compress.distillation.losses import LOSSES, LogitLoss, as_losses, call, find_labels
+from lightning_compress.distillation.losses import LOSSES, LogitLoss, as_losses, call, class_dim, find_labels
 from lightning_compress.moments import RunLength
 
 
@@ -236,7 +236,7 @@ def test_positions_count_alike_however_many(name: str, standardize: bool) -> Non
 @pytest.mark.parametrize(
     ("shape", "dim", "expected"),
     [
-        ((5,), None, 0),
+        ((5,), 0, 0),
         ((2, 5), None, 1),
         ((2, 3, 5), None, 2),
         ((2, 5, 3, 4), None, 1),
@@ -248,7 +248,7 @@ def test_positions_count_alike_however_many(name: str, standardize: bool) -> Non
 def test_dimension_of_the_classes(shape: tuple[int, ...], dim: int | None, expected: int) -> None:
     student, teacher = draw(*shape, seed=1), draw(*shape, seed=2)
     loss = LogitLoss("kl", dim=dim)
-    assert loss.class_dim(student) == expected
+    assert class_dim(student, dim) == expected
     p, q = (F.softmax(logits, dim=expected) for logits in (teacher, student))
     assert loss(student, teacher).item() == pytest.approx((p * (p / q).log()).sum(expected).mean().item(), abs=1e-9)
 
@@ -433,3 +433,24 @@ def test_call_gives_what_the_signature_names() -> None:
     assert call(nn.MSELoss(), STUDENT, TEACHER, 2.0, LABELS) == F.mse_loss(STUDENT, TEACHER)
     assert call(torch.dist, STUDENT, TEACHER, 2.0, LABELS) == (STUDENT - TEACHER).norm()  # has no signature
     assert torch.equal(call(losses.kl, STUDENT, TEACHER, 2.0, LABELS), losses.kl(STUDENT, TEACHER, 2.0))
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+def test_one_number_a_sample_is_no_class(shape: tuple[int, ...]) -> None:
+    student, teacher = draw(*shape, seed=1), draw(*shape, seed=2)
+    labels = torch.tensor([1, -100, 0, 1, 0, 1])
+    counts = labels != -100
+    value = LogitLoss("mse")(student, teacher, labels=labels)
+    torch.testing.assert_close(value, F.mse_loss(student[counts], teacher[counts]))
+    for name in LOSSES.keys() - {"mse"}:
+        with pytest.raises(ValueError, match=f"'{name}' compares classes.*use 'mse'"):
+            LogitLoss(name)(student, teacher, labels=labels)
+
+
+def test_labels_beyond_the_classes_are_refused() -> None:
+    student, teacher = draw(2, 4, 3, 3, seed=1), draw(2, 4, 3, 3, seed=2)
+    labels = torch.randint(4, (2, 3, 3), generator=torch.Generator().manual_seed(0))
+    labels[0, 0] = 255
+    with pytest.raises(ValueError, match=r"`labels` must lie in \[0, 4\), got 0 to 255.*ignore_index"):
+        LogitLoss("dkd")(student, teacher, labels=labels)
+    assert LogitLoss("dkd", ignore_index=255)(student, teacher, labels=labels).isfinite()

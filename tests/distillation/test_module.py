@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -196,6 +197,76 @@ def test_copies_and_pickles() -> None:
     assert copy.deepcopy(module).distillation is module.distillation
     assert sum(p.numel() for p in module.parameters()) == sum(p.numel() for p in Student().parameters())
     assert "32" not in repr(module)  # the teacher's width
+
+
+def test_copies_and_pickles_after_a_fit(tmp_path: Path) -> None:
+    class Copies(Callback):
+        def on_train_end(self, run: Any, module: Any) -> None:
+            assert copy.deepcopy(module)._trainer is None
+
+    module = DistillationModule(seeded(Student), teacher())
+    trainer(tmp_path, [Copies()]).fit(module, StatefulLoader(), held_out())
+    assert same(dict(pickle.loads(pickle.dumps(module)).state_dict()), dict(module.state_dict()))
+
+
+def test_a_derived_class_keeps_what_it_adds(tmp_path: Path) -> None:
+    epochs = []
+
+    class Own(DistillationModule):
+        def on_train_epoch_end(self) -> None:
+            epochs.append(self.current_epoch)
+
+    module = Own(seeded(Student), teacher())
+    trainer(tmp_path).fit(module, StatefulLoader(), held_out())
+    assert epochs == [0, 1, 2, 3]
+    assert isinstance(copy.deepcopy(module), Own)
+
+
+def test_names_that_both_have_are_refused() -> None:
+    class Nested(Student):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student = self.net
+
+    with pytest.raises(ValueError, match="`student` has an attribute 'student'"):
+        DistillationModule(Nested(), teacher())
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")  # Lightning's
+@pytest.mark.parametrize("is_subclass", [False, True])
+def test_is_made_by_the_cli(tmp_path: Path, is_subclass: bool) -> None:
+    trained = Student(width=24)
+    run = trainer(tmp_path)
+    run.strategy.connect(trained)
+    run.save_checkpoint(tmp_path / "guide.ckpt")
+    cli = LightningCLI(
+        None if is_subclass else DistillationModule,
+        run=False,
+        seed_everything_default=0,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        args=[
+            "--trainer.accelerator=cpu",
+            "--trainer.logger=false",
+            "--trainer.enable_checkpointing=false",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.max_epochs=1",
+            *(["--model=lightning_compress.DistillationModule"] if is_subclass else []),
+            f"--model.student={__name__}.Student",
+            "--model.student.init_args.width=20",
+            f"--model.teacher={tmp_path / 'guide.ckpt'}",
+            "--model.temperature=2",
+            "--model.losses=[[kl, 1.0], [mse, 0.1]]",
+            "--model.output=0",
+        ],
+    )
+    distillation = cli.model.distillation
+    assert (distillation.output, distillation.temperature.first) == (0, 2.0)
+    cli.trainer.fit(cli.model, StatefulLoader(), held_out())
+    cli.trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert "student" not in torch.load(tmp_path / "end.ckpt", weights_only=True)["hyper_parameters"]
+    opened = Student.load_from_checkpoint(tmp_path / "end.ckpt")
+    assert same(dict(opened.state_dict()), dict(cli.model.state_dict()))
 
 
 def test_refuses_what_it_cannot_wrap(tmp_path: Path) -> None:

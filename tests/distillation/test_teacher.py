@@ -135,11 +135,14 @@ def test_a_16_bit_teacher_computes_in_its_precision_and_answers_in_float32() -> 
 
 def test_autocast_holds_for_teachers_in_float32_only(x: Tensor) -> None:
     net = seeded(Noisy).eval()
-    single, double = Teacher([net]), Teacher([copy.deepcopy(net).double()])
-    alone = double((x,), {})[0]
+    half, double = copy.deepcopy(net).bfloat16(), copy.deepcopy(net).double()
+    for other in (Teacher([half]), Teacher([double])):
+        alone = other((x,), {})[0]
+        with torch.autocast("cpu", torch.float16):
+            assert same(other((x,), {}), [alone])
     assert alone.dtype == torch.float64
+    single = Teacher([net])
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(double((x,), {})[0], alone)
         assert torch.equal(single((x,), {})[0], net(x).float())
     assert not torch.equal(single((x,), {})[0], net(x).bfloat16().float())
 
@@ -243,6 +246,11 @@ def test_features_that_cannot_be_had_are_refused(x: Tensor) -> None:
         teacher.features()
     teacher.detach()
     teacher.watch(["1", "idle.head"])
+    teacher((x,), {})
+    net[1].forward = lambda x: net.idle["head"](x[:, :2]) @ torch.ones(2, 8)
+    teacher((x,), {})
+    assert set(teacher.features()) == {"1", "idle.head"}
+    del net[1].forward  # what an earlier call has seen does not count
     teacher((x,), {})
     with pytest.raises(ValueError, match="'idle.head', which the teacher's forward never calls"):
         teacher.features()

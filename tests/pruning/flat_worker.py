@@ -21,7 +21,7 @@ from torch.distributed.fsdp.wrap import wrap
 
 from lightning_compress import GradualPruning, LearningRateSchedule
 from tests.helpers import Crash, CrashAt, LazyNet, Net, StatefulLoader, held_out, seeded, trainer
-from tests.pruning.sharded_worker import CASES, TWO_PROCESSES, UnevenNet
+from tests.pruning.sharded_worker import CASES, RESUMED, TWO_PROCESSES, UnevenNet
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
@@ -100,8 +100,8 @@ def main(folder: Path) -> None:
     results["wrapped"] = run(folder, CASES["erk"], net=WrappedNet)
     results["movement_gradients_only"] = run(folder, CASES["movement"], sharding_strategy="SHARD_GRAD_OP")
     for kind in ("full", "sharded"):
-        path = folder / f"flat_{kind}.ckpt"
-        for name in ("gradient_regrowth", "2:4"):
+        for name in RESUMED:
+            path = folder / f"flat_{name}_{kind}.ckpt"
             try:
                 run(folder, CASES[name], [CrashAt(7, path)], state_dict_type=kind)
             except Crash:

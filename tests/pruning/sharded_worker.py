@@ -29,8 +29,16 @@ CASES: dict[str, dict[str, Any]] = {
     "random": {"final_sparsity": 0.5, "criterion": "random"},
     "2:4": {"granularity": "2:4"},
     "blocks": {"final_sparsity": 0.5, "granularity": "block:2x2"},
+    "feedback": {"final_sparsity": 0.7, "regrowth": "feedback"},
+    "blocks_feedback": {
+        "final_sparsity": 0.5,
+        "granularity": "block:2x2",
+        "criterion": "gradient_weight",
+        "regrowth": "feedback",
+    },
     "rescue": {"final_sparsity": 0.985},
 }
+RESUMED = ("gradient_regrowth", "2:4", "feedback", "blocks_feedback")
 
 
 class UnevenNet(Net):
@@ -161,11 +169,12 @@ def main(folder: Path) -> None:
     except Crash:
         results["channel_resumed"] = run(folder, STRUCTURED["channel"], (), path, net=Structured)
     for distributed in (False, True):
-        path = folder / f"sharded{distributed}.ckpt"
-        try:
-            run(folder, CASES["gradient_regrowth"], [CrashAt(7, path)], distributed=distributed)
-        except Crash:
-            results[f"resumed_{distributed}"] = run(folder, CASES["gradient_regrowth"], (), path, distributed)
+        for name in RESUMED:
+            path = folder / f"{name}_{distributed}.ckpt"
+            try:
+                run(folder, CASES[name], [CrashAt(7, path)], distributed=distributed)
+            except Crash:
+                results[f"{name}_resumed_{distributed}"] = run(folder, CASES[name], (), path, distributed)
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
 
 

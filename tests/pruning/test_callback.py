@@ -237,6 +237,28 @@ def test_nan_stops_with_the_layers_name(tmp_path: Any) -> None:
         run(tmp_path, GradualPruning(0.9, every=1), extra=[Poison()])
 
 
+@pytest.mark.parametrize("regrowth", [0.0, 0.3, "feedback"])
+def test_a_graph_outlives_the_step_of_another_optimizer(tmp_path: Any, regrowth: Any) -> None:
+    class Twins(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.other = Net().net
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(net.parameters(), 0.1, momentum=0.9) for net in (self.net, self.other)]
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            losses = [nn.functional.cross_entropy(net(batch[0]), batch[1]) for net in (self.net, self.other)]
+            for loss, optimizer in zip(losses, self.optimizers(), strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+    module, _ = run(tmp_path, GradualPruning(0.8, end=0.7, every=1, regrowth=regrowth), seeded(Twins))
+    assert zeros(module)[0] == round(0.8 * 1024)
+
+
 def test_momentum_cannot_revive_a_weight(tmp_path: Any) -> None:
     module, fitted = run(tmp_path, GradualPruning(0.8, begin=2, end=3, every=1))
     [optimizer] = fitted.optimizers
@@ -264,6 +286,11 @@ def test_momentum_cannot_revive_a_weight(tmp_path: Any) -> None:
         ({"granularity": "2:4", "scope": "erk"}, ValueError, "`scope='erk'`"),
         ({"granularity": "channel", "parameters": ["weight", "bias"]}, ValueError, "`parameters="),
         ({"regrowth": 1.0}, ValueError, "`regrowth`"),
+        ({"regrowth": "gradient"}, ValueError, "`regrowth`.*or give 'feedback'"),
+        ({"regrowth": []}, TypeError, "`regrowth`.*or give 'feedback'"),
+        ({"regrowth": "feedback", "granularity": "channel"}, ValueError, "`regrowth='feedback'`.*'channel'"),
+        ({"regrowth": "feedback", "granularity": "head"}, ValueError, "`regrowth='feedback'`.*'head'"),
+        ({"regrowth": "feedback", "criterion": "random"}, ValueError, "`regrowth='feedback'`.*criterion='random'"),
         ({"regrowth": 0.2, "granularity": "2:4"}, ValueError, "`regrowth=0.2`"),
         ({"granularity": "column"}, ValueError, "`granularity`"),
         ({"scope": "block"}, ValueError, "`scope` must be one of global, layer, erk"),

@@ -448,6 +448,7 @@ def test_nothing_regrows_while_the_ramp_is_held(tmp_path: Any) -> None:
     "kwargs",
     [
         {"criterion": "activation_weight", "regrowth": 0.3},
+        {"criterion": "gradient_weight", "regrowth": "feedback"},
         {"criterion": "activation_weight", "granularity": "channel", "scope": "layer"},
         {"criterion": "gradient_weight", "granularity": "channel", "scope": "layer"},
     ],

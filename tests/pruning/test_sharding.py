@@ -25,7 +25,7 @@ from lightning_compress.pruning.removal import channel_groups, remove_pruned_cha
 from lightning_compress.pruning.sharding import Piece
 from lightning_compress.training import refuse_sharding
 from tests.helpers import same
-from tests.pruning.sharded_worker import CASES, STRUCTURED
+from tests.pruning.sharded_worker import CASES, RESUMED, STRUCTURED
 
 # Two processes -------------------------------------------------------------------------------------------------------
 
@@ -62,7 +62,8 @@ def fsdp1(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def check_sparsity(results: dict[str, Any]) -> None:
     """Check the zeros with nothing but torch."""
     asked = {"magnitude": 0.8, "erk": 0.7, "gradient_regrowth": 0.7, "movement": 0.6, "activation": 0.7, "random": 0.5}
-    for name, sparsity in (asked | {"2:4": 0.5, "blocks": 0.5, "rescue": 0.985}).items():
+    asked |= {"2:4": 0.5, "blocks": 0.5, "rescue": 0.985, "feedback": 0.7, "blocks_feedback": 0.5}
+    for name, sparsity in asked.items():
         matrices = [weight for weight in results[name]["weights"].values() if weight.dim() > 1]
         zeros, total = sum(int((w == 0).sum()) for w in matrices), sum(w.numel() for w in matrices)
         assert abs(zeros / total - sparsity) < 1 / total, name
@@ -78,7 +79,8 @@ def test_dtensors(fsdp2: list[dict[str, Any]]) -> None:
     assert all(same(results[name], other[name]) for name in CASES)
     check_sparsity(results)
     for distributed in (False, True):
-        assert same(results["gradient_regrowth"], results[f"resumed_{distributed}"])
+        for name in RESUMED:
+            assert same(results[name], results[f"{name}_resumed_{distributed}"]), name
     for name in ("2:4", "blocks"):
         assert same(results[name], results[f"{name}_columns"])
 
@@ -96,7 +98,7 @@ def test_flat_parameters(fsdp1: list[dict[str, Any]]) -> None:
     assert same(results["movement_gradients_only"], results["movement"])
     assert results["wrapped"]["layers"].keys() == {"net.0.weight", "net.2.weight", "net.4.weight"}
     assert results["wrapped"]["sparsity"] == results["erk"]["sparsity"]
-    for name in ("gradient_regrowth", "2:4"):
+    for name in RESUMED:
         for kind in ("full", "sharded", "elsewhere"):  # the last: saved under FSDP1, resumed under DDP
             assert same(results[f"{name}_{kind}"], results[name])
     assert "'kernel.weight' was not contiguous (channels_last)" in results["channels_last"]
