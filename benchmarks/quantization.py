@@ -66,12 +66,12 @@ from lightning_compress.quantization import dequantize
 class Transformer(nn.Module):
     """Two encoder layers over the 28 rows of an image, each a token of 28 numbers."""
 
-    def __init__(self, width: int = 64, layers: int = 2) -> None:
+    def __init__(self, width: int = 128, layers: int = 2) -> None:
         super().__init__()
         self.embedding = nn.Linear(28, width)
         self.position = nn.Parameter(torch.randn(28, width) / width**0.5)
         self.layers = nn.Sequential(
-            *(nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.1, batch_first=True) for _ in range(layers))
+            *(nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.1, batch_first=True) for _ in range(layers))
         )
         self.head = nn.Linear(width, 10)
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from tests.contract_rows import ALONE, ROWS, TOGETHER
+from lightning_compress import DistillationModule
+from tests.contract_rows import ALONE, ROWS, TOGETHER, Guide
 from tests.helpers import Crash, CrashAt, Net, StatefulLoader, seeded, snapshot, trainer
 
 warnings.filterwarnings("ignore")
@@ -19,7 +20,7 @@ warnings.filterwarnings("ignore")
 def main(folder: Path) -> None:
     results: dict[str, Any] = {}
 
-    def run(names: Any, extra: Any = (), ckpt_path: Any = None) -> dict[str, Any]:
+    def run(names: Any, extra: Any = (), ckpt_path: Any = None, wrap: Any = lambda module: module) -> dict[str, Any]:
         callbacks = [ROWS[name].make(folder) for name in names]
         started = trainer(
             folder,
@@ -29,7 +30,7 @@ def main(folder: Path) -> None:
             use_distributed_sampler=False,
         )
         # DDP hands out rank 0's weights; everything else differs from rank to rank.
-        module = seeded(Net, seed=started.global_rank)
+        module = wrap(seeded(Net, seed=started.global_rank))
         loaders = StatefulLoader(seed=10 + started.global_rank), StatefulLoader(seed=20 + started.global_rank)
         started.fit(module, *loaders, ckpt_path=ckpt_path)
         for name, callback in zip(names, callbacks, strict=True):
@@ -42,6 +43,7 @@ def main(folder: Path) -> None:
 
     for name in ALONE:
         results[name] = run([name])
+    results["module"] = run([], wrap=lambda module: DistillationModule(module, Guide(), features={"net.1": "body.0"}))
     results["all"] = run(TOGETHER)
     try:
         run(TOGETHER, [CrashAt(13, folder / "ddp.ckpt")])

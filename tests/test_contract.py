@@ -279,6 +279,6 @@ def test_two_processes(tmp_path: Path) -> None:
         capture_output=True,
     )
     results = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    assert set(results[0]) == {*ALONE, "all", "resumed"}
+    assert set(results[0]) == {*ALONE, "module", "all", "resumed"}
     assert same(results[0], results[1])
     assert same(results[0]["all"], results[0]["resumed"])

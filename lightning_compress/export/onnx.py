@@ -7,6 +7,7 @@ DequantizeLinear stands right before each of its inputs and QuantizeLinear right
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,6 +35,10 @@ LARGEST_FILE = 2**31 - 2**20
 
 LARGEST_BIAS = 2**30
 """An int32 accumulator that starts here has as much room again for the products."""
+
+_MANY = 32
+"""So many scales of a bias are larger in the file than the product, of the input's scale and the weight's, that they
+are; runtimes compute it once, when they load the file."""
 
 # Move numbers and change none, and run on integers as well.
 _MOVING = {
@@ -236,6 +241,8 @@ class _Lowering:
         if not any(node.domain == DOMAIN for node in self.graph):
             return
         self._pool()
+        self._split_constants()
+        self._join_biases()
         self._merge_rounds()
         for node in self._nodes("Round"):
             self._hoist(node)
@@ -243,6 +250,8 @@ class _Lowering:
             self._lower_round(node)
         for node in self._nodes("Dequantize"):
             self._lower_weight(node)
+        self._fold_factors()
+        self._join_reshapes()
         self._remove_unused()
         self.graph.sort()
 
@@ -312,6 +321,74 @@ class _Lowering:
             if not tuple(value.uses()) and not self._is_output(value):
                 del self.graph.initializers[name]
 
+    # --- layers
+
+    def _split_constants(self) -> None:
+        """Split a constant, such as the bias of an attention's three projections, into constants."""
+        for node in self._nodes("Split"):
+            array, parts = self._array(node.inputs[0]), len(node.outputs)
+            axis = self._attribute(node, "axis", 0)
+            if array is not None and len(node.inputs) == 1 and array.shape[axis] % parts == 0:
+                for output, part in zip(node.outputs, np.split(array, parts, axis), strict=True):
+                    self._replace(output, self._constant(part, str(output.name)))
+
+    def _join_biases(self) -> None:
+        """Let a product of rounded rows and its bias be a Gemm, whose integer kernel adds the bias and rounds too."""
+        matrices: dict[Any, ir.Value] = {}
+        for product in self._nodes("MatMul"):
+            source, transposed = product.inputs
+            turn, users = transposed.producer(), tuple(product.outputs[0].uses())  # type: ignore[union-attr]
+            weight = turn.inputs[0].producer() if turn is not None and turn.op_type == "Transpose" else None  # type: ignore[union-attr]
+            if weight is None or weight.op_type != "Dequantize" or self._attribute(weight, "block"):
+                continue
+            if len(users) != 1 or users[0][0].op_type != "Add" or not self._is_rounded(source):
+                continue
+            add, index = users[0]
+            bias, shape = add.inputs[1 - index], add.outputs[0].shape
+            values = self._array(bias)
+            sizes = [size if isinstance(size, int) else -1 for size in shape or ()]
+            if values is None or values.ndim != 1 or not sizes or sizes.count(-1) > 1 or sizes[-1] != len(values):
+                continue
+            if source not in matrices:
+                form = self._constant(np.array([-1, weight.inputs[0].shape[1]]), "matrix")  # type: ignore[union-attr, index]
+                matrices[source] = self._insert(product, "Reshape", [source, form], f"{source.name}_matrix")  # type: ignore[union-attr]
+            inputs = [matrices[source], weight.outputs[0], bias]
+            rows = self._insert(product, "Gemm", inputs, f"{add.outputs[0].name}_matrix", transB=1)
+            form = self._constant(np.array(sizes), "shape")
+            self._replace(add.outputs[0], self._insert(add, "Reshape", [rows, form], f"{add.outputs[0].name}_shaped"))
+
+    def _is_rounded(self, value: ir.Value | None) -> bool:
+        """Whether a tensor is rounded, or a rounded one that has been moved."""
+        node = None if value is None else value.producer()
+        while node is not None and node.op_type in _MOVING | {"Relu"}:
+            node = node.inputs[0].producer()  # type: ignore[union-attr]
+        return node is not None and node.op_type == "Round"
+
+    def _fold_factors(self) -> None:
+        """Let the scale of an integer input stand for a constant that a product is multiplied with."""
+        for node in self._nodes("Mul"):
+            for index in (0, 1):
+                factor, product = self._array(node.inputs[1 - index]), node.inputs[index].producer()  # type: ignore[union-attr]
+                if factor is None or factor.size != 1 or product is None or product.op_type != "MatMul":
+                    continue
+                source = product.inputs[0].producer()  # type: ignore[union-attr]
+                is_sole = len(tuple(product.outputs[0].uses())) == 1 and not self._is_output(product.outputs[0])
+                if not is_sole or source is None or source.op_type != "DequantizeLinear" or factor.item() <= 0:
+                    continue
+                scale = self._array(source.inputs[1])
+                if scale.ndim or len(tuple(source.outputs[0].uses())) > 1:
+                    continue
+                name = f"{source.inputs[1].name}_multiplied"  # type: ignore[union-attr]
+                source.replace_input_with(1, self._constant(np.asarray(scale * factor.item(), np.float32), name))
+                self._replace(node.outputs[0], product.outputs[0])
+                break
+
+    def _join_reshapes(self) -> None:
+        for node in self._nodes("Reshape"):
+            first, form = node.inputs[0].producer(), self._array(node.inputs[1])  # type: ignore[union-attr]
+            if first is not None and first.op_type == "Reshape" and form is not None and np.all(form != 0):
+                node.replace_input_with(0, first.inputs[0])
+
     # --- activations
 
     def _pool(self) -> None:
@@ -343,10 +420,11 @@ class _Lowering:
                 return
             if producer.op_type == "Relu" and self._attribute(node, "zero_point") == self._attribute(node, "qmin"):
                 node.replace_input_with(0, producer.inputs[0])
+                self.graph.remove(producer, safe=True)
                 continue
             is_moving = producer.op_type in _MOVING - {"Gather", "Split"} and len(producer.outputs) == 1
             origin = producer.inputs[0]
-            if not is_moving or origin is None or origin.producer() is None:
+            if not is_moving or origin is None or (origin.producer() is None and origin not in self.graph.inputs):
                 return
             if len(tuple(origin.uses())) > 1 or self._is_output(origin):
                 return
@@ -470,8 +548,15 @@ class _Lowering:
         unit = (step * weight.scale.astype(np.float64)).astype(np.float32)
         integers = np.round(bias / unit.astype(np.float64)).clip(-LARGEST_BIAS, LARGEST_BIAS).astype(np.int32)
         name = f"{weight.name.removesuffix('.weight')}.bias"
-        inputs = [self._constant(integers, name), self._constant(unit, f"{name}_scale")]
+        scale = (
+            self._constant(unit, f"{name}_scale")
+            if unit.size < _MANY
+            else self._insert(
+                node, "Mul", [self._constant(weight.scale, f"{weight.name}_scale"), source.inputs[1]], f"{name}_scale"
+            )
+        )
         axis = {"axis": 0} if unit.ndim else {}
+        inputs = [self._constant(integers, name), scale]
         node.replace_input_with(2, self._insert(node, "DequantizeLinear", inputs, f"{name}_dq", **axis))
 
     def _reads_integers(self, node: ir.Node) -> bool:
@@ -653,12 +738,30 @@ def _strip(model: ir.Model, metadata: dict[str, str]) -> None:
             value.doc_string = None
             if id(value) not in kept:
                 value.type = value.shape = None  # runtimes infer them
-    names = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
-    names |= {value.name for value in graph.inputs}
+    _shorten(graph)
     for number, value in enumerate(graph.outputs):
         name = "output" if len(graph.outputs) == 1 else f"output_{number}"
-        if name not in names and value.producer() is not None:
+        taken = {each.name for node in graph for each in node.outputs}
+        if name not in taken | set(graph.initializers) and value.producer() is not None:
             value.name = name
+
+
+def _shorten(graph: ir.Graph) -> None:
+    """Number what lies between inputs, parameters and outputs: a name stands in the file for each of its readers."""
+    kept = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    taken = {value.name for node in graph.all_nodes() for value in (*node.inputs, *node.outputs) if value is not None}
+    names = (name for name in map("v{}".format, itertools.count()) if name not in taken)
+    for node in graph:
+        if node.op_type not in _FLOAT_KERNELS:
+            node.name = None
+        for value in node.outputs:
+            if id(value) not in kept:
+                value.name = next(names)
+    for name, value in list(graph.initializers.items()):
+        if id(value) not in kept and not name.endswith((".weight", ".bias")):
+            del graph.initializers[name]
+            value.name = next(names)
+            graph.initializers[value.name] = value
 
 
 def _save(model: ir.Model, path: str | os.PathLike[str]) -> Path:

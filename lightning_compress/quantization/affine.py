@@ -156,6 +156,21 @@ def fake_quantize_learned(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: in
     return (_straight_through(ratio, ratio.round()) * scale).to(x.dtype)
 
 
+def round_bias(bias: Tensor, unit: Tensor) -> Tensor:
+    """Return the multiples of `unit` that are closest to a bias; the gradient passes.
+
+    Args:
+        bias: (channels,).
+        unit: What an integer kernel's sum counts in, scale of the input · scale of the weight: (channels,) or (1,).
+
+    Example::
+
+        >>> round_bias(torch.tensor([0.3, -0.7]), torch.tensor([0.25]))
+        tensor([ 0.2500, -0.7500])
+    """
+    return _straight_through(bias, (torch.round(bias / unit) * unit).to(bias.dtype))
+
+
 def learned_start(x: Tensor, qmax: int, keep: tuple[int, ...] | None = None) -> Tensor:
     """Return LSQ's first scale, 2 · mean(|x|) / √qmax, with the dimensions other than `keep` averaged over (and kept).
 

@@ -164,8 +164,7 @@ def insert(
     chosen = _choose(module, insertion, include, exclude)
     for name, layer in chosen.items():
         _quantize_layer(name, layer, insertion)
-    if settings.activation_bits is not None:
-        _Placer(module, chosen, insertion, settings.activation_bits).run()
+    _Placer(module, chosen, insertion, settings.activation_bits).run()
     _avoid_fused_paths(module, chosen)
     _name_quantizers(module, insertion)
     module.__dict__.setdefault("_insertions", []).append(insertion)
@@ -197,8 +196,8 @@ def dequantize(module: nn.Module) -> nn.Module:
         functional.unwatch(child)
         for name in [name for name, holder in child._modules.items() if isinstance(holder, (Quantizer, PerUse))]:
             del child._modules[name]
-        child.__dict__.pop("folded", None)
-        child.__dict__.pop("is_frozen", None)
+        for name in ("folded", "folded_layer", "input_range", "is_frozen"):
+            child.__dict__.pop(name, None)
         if type(child) in PLAIN:
             child.__class__ = PLAIN[type(child)]
             if isinstance(child, nn.MultiheadAttention) and child.num_heads * child.head_dim != child.embed_dim:
@@ -355,16 +354,17 @@ def _quantize_layer(name: str, layer: nn.Module, insertion: Insertion) -> None:
     layer.weight_quantizer = tied or make(layer.weight.shape, axis=axis).to(layer.weight.device)
 
 
-# --- where activations are rounded ------------------------------------------------------------------------------------
+# --- where activations are rounded, and which batch norms are folded --------------------------------------------------
 
 
 class _Placer:
-    def __init__(self, module: nn.Module, chosen: dict[str, nn.Module], insertion: Insertion, bits: int) -> None:
+    def __init__(self, module: nn.Module, chosen: dict[str, nn.Module], insertion: Insertion, bits: int | None) -> None:
         self.module, self.chosen, self.insertion, self.bits = module, chosen, insertion, bits
         self.targets = {id(layer) for layer in chosen.values()}
         self.done: set[int] = set()
 
     def make(self, *, is_rectified: bool = False, is_probability: bool = False) -> ActivationQuantizer:
+        assert self.bits is not None
         device = next(next(iter(self.chosen.values())).parameters()).device
         bounds = (0.0, 1.0) if is_probability else None
         return ActivationQuantizer(
@@ -376,6 +376,8 @@ class _Placer:
 
     def run(self) -> None:
         self._trace(self.module, "")
+        if self.bits is None:
+            return
         for layer in self.chosen.values():
             if isinstance(layer, QuantizedMultiheadAttention):
                 self._place_attention(layer)
@@ -384,7 +386,8 @@ class _Placer:
             # Nobody knows who reads what of these: inputs only.
             is_known = id(layer) in self.done or isinstance(layer, (nn.Embedding, nn.MultiheadAttention))
             if not is_known and not hasattr(layer, "input_quantizer"):
-                layer.input_quantizer = self.make()
+                quantizer = layer.input_quantizer = self.make()
+                cast(Any, layer).input_range = (quantizer,)
                 self._hook(layer, "input")
 
     def _trace(self, module: nn.Module, name: str) -> None:
@@ -417,8 +420,11 @@ class _Placer:
             layer = modules[name]
             layer.folded = (modules[norm],)
             modules[norm].__class__ = QUANTIZED.get(type(modules[norm]), type(modules[norm]))
+            modules[norm].folded_layer = (layer,)
             self.insertion.norms[clean_name(f"{root_name}.{norm}".lstrip("."))] = modules[norm]
         self.done |= {id(modules[name]) for name in placement.layers}
+        if self.bits is None:
+            return
         shared: dict[int, ActivationQuantizer] = {}
         by_module: dict[tuple[str, str], list[Place]] = {}
         for found in placement.places:
@@ -426,7 +432,7 @@ class _Placer:
         for (kind, name), places in by_module.items():
             module = modules[name]
             if kind == "functional":
-                self._place_functional(module, places, placement.calls[name])
+                self._place_functional(module, places, placement.calls[name], shared)
                 continue
             if hasattr(module, f"{kind}_quantizer"):
                 continue  # another QuantizationAwareTraining rounds this tensor already
@@ -438,14 +444,20 @@ class _Placer:
             module.add_module(f"{kind}_quantizer", quantizers[0] if len(quantizers) == 1 else PerUse(quantizers))
             self._hook(module, kind)
 
+        for name, tensor in placement.inputs.items():
+            if tensor in shared:
+                modules[name].input_range = (shared[tensor],)
         for name in [name for kind, name in by_module if kind == "functional"]:
             for callee in placement.callees.get(name, ()):
                 functional.watch(modules[callee], None)
 
-    def _place_functional(self, module: nn.Module, places: list[Place], calls: list[int]) -> None:
+    def _place_functional(
+        self, module: nn.Module, places: list[Place], calls: list[int], shared: dict[int, ActivationQuantizer]
+    ) -> None:
         if hasattr(module, "functional_quantizers"):
             return  # another QuantizationAwareTraining rounds here already
-        quantizers: dict[str, nn.Module] = {f"{found.use}_{found.index}": self.make_for(found) for found in places}
+        shared.update({found.tensor: self.make_for(found) for found in places})
+        quantizers: dict[str, nn.Module] = {f"{found.use}_{found.index}": shared[found.tensor] for found in places}
         functions = {found.function for found in places}
         functional.watch(module, functional.FunctionalQuantizers(functions, calls, quantizers))
 
@@ -453,7 +465,8 @@ class _Placer:
         for name in ("query_input", "key_input", "value_input", "query", "key", "value"):
             layer.add_module(f"{name}_quantizer", self.make())
         if isinstance(layer.out_proj, QuantizedLayer):
-            layer.context_quantizer = self.make()
+            quantizer = layer.context_quantizer = self.make()
+            layer.out_proj.input_range = (quantizer,)
         layer.add_module("probabilities_quantizer", self.make(is_probability=True))
 
     def _hook(self, module: nn.Module, kind: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.copying import standalone_copy
-from lightning_compress.quantization import layers
+from lightning_compress.quantization import affine, layers
 from lightning_compress.quantization.functional import FunctionalQuantizers, is_watched
 from lightning_compress.quantization.layers import (
     ActivationQuantizer,
@@ -250,16 +250,17 @@ def _replace_weights(module: nn.Module, dialect: Dialect) -> None:
             if not quantizer.is_on:
                 layer.__class__ = layers.PLAIN[type(layer)]
                 del layer.weight_quantizer
-                layer.__dict__.pop("folded", None)
+                for name in ("folded", "input_range"):
+                    layer.__dict__.pop(name, None)
                 continue
-            norm = layer.folded[0] if layer.folded else None
+            norm, unit = layer.folded[0] if layer.folded else None, layer.bias_unit()
             key = (id(layer.weight), id(quantizer), id(norm))
             if key not in done:
                 done[key] = _integers(layer.weight, quantizer, norm, dialect)
-            if norm is not None:
-                _fold_bias(layer, norm, quantizer.axis)
+            if norm is not None or getattr(layer, "bias", None) is not None:
+                _round_bias(layer, norm, unit)
             layer.weight_quantizer = done[key]
-            layer.folded = ()
+            layer.folded = layer.input_range = ()
             layer.register_parameter("weight", None)
     for child in list(module.modules()):
         # Not before: one that two layers were folded into is needed by both.
@@ -269,21 +270,15 @@ def _replace_weights(module: nn.Module, dialect: Dialect) -> None:
             child._buffers.clear()
 
 
-def _factor(norm: nn.Module) -> Tensor:
-    """Return what a batch norm multiplies each channel with, 0 where γ is 0."""
-    norm_: Any = norm
-    factor = torch.rsqrt(norm_.running_var.double() + norm_.eps)
-    return factor if norm_.weight is None else factor * norm_.weight.double()
-
-
-def _fold_bias(layer: Any, norm: Any, axis: int) -> None:
-    factor = _factor(norm)
-    bias = torch.zeros_like(factor) if layer.bias is None else layer.bias.double()
-    bias = (bias - norm.running_mean.double()) * factor
-    if norm.bias is not None:
-        bias = bias + norm.bias.double()
+def _round_bias(layer: Any, norm: Any, unit: Tensor | None) -> None:
+    """Give a layer the bias of itself and its batch norm, in multiples of the unit where there is one."""
+    dtype = torch.float64 if unit is None else torch.float32  # as in training, so that both round alike
+    bias = layer.bias if norm is None else layers.folded_bias(layer, norm, dtype)
+    if unit is not None:
+        bias = affine.round_bias(bias, unit)
     layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=False)
-    norm._is_folded = True
+    if norm is not None:
+        norm._is_folded = True
 
 
 def _integers(weight: Tensor, quantizer: WeightQuantizer, norm: nn.Module | None, dialect: Dialect) -> IntegerWeight:
@@ -301,7 +296,7 @@ def _integers(weight: Tensor, quantizer: WeightQuantizer, norm: nn.Module | None
         integers = integers.flatten(1)
         scale, zero_point = (x.view(len(integers), -1) for x in (scale, zero_point))
     if norm is not None:
-        factor = _factor(norm)
+        factor = layers.norm_factor(norm, torch.float64)
         channels = [1] * integers.dim()
         channels[axis] = -1
         if granularity != "tensor":

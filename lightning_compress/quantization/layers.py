@@ -328,6 +328,8 @@ class QuantizedLayer:
     weight_quantizer: WeightQuantizer
     folded: tuple[nn.Module, ...] = ()
     """The batch norm that the layer is folded into, where it has one."""
+    input_range: tuple[ActivationQuantizer, ...] = ()
+    """What has rounded the layer's input, where there is one such quantizer."""
 
     def quantized_weight(self) -> Tensor:
         """Return the rounded weight."""
@@ -338,6 +340,29 @@ class QuantizedLayer:
                 factor = fold_factor(self.folded[0], weight, quantizer.axis)
                 return quantizer(weight * factor) / factor
             return quantizer(weight)
+
+    def bias_unit(self) -> Tensor | None:
+        """Return what an integer kernel's sums count in: scale of the input · scale of the (folded) weight.
+
+        (channels,) or (1,); ``None`` where the input's scale is not known, or the weights of a channel share none.
+        """
+        quantizer = self.weight_quantizer
+        is_on = quantizer.is_on and any(each.is_on and each.has_seen for each in self.input_range)
+        if not is_on or isinstance(quantizer.granularity, int):
+            return None
+        weight = cast(Tensor, cast(Any, self).weight).detach()
+        factor = fold_factor(self.folded[0], weight, quantizer.axis) if self.folded else None
+        if factor is not None and quantizer.granularity == "tensor":
+            weight = weight * factor
+        unit = self.input_range[0].affine_parameters()[0] * quantizer.parameters_of(weight)[0]
+        return unit if factor is None or quantizer.granularity == "tensor" else unit * factor.abs().flatten()
+
+    def quantized_bias(self) -> Tensor | None:
+        """Return the bias, rounded as an integer kernel holds it; that of a folded layer is rounded in its norm."""
+        bias: Tensor | None = cast(Any, self).bias
+        with unwatched:
+            unit = None if bias is None or self.folded else self.bias_unit()
+            return bias if bias is None or unit is None else affine.round_bias(bias, unit)
 
 
 def fold_factor(norm: nn.Module, weight: Tensor, axis: int) -> Tensor:
@@ -359,7 +384,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer."""
-        return F.linear(input, self.quantized_weight(), self.bias)
+        return F.linear(input, self.quantized_weight(), self.quantized_bias())
 
 
 class QuantizedProjection(QuantizedLinear, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -371,7 +396,7 @@ class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer."""
-        return self._conv_forward(input, self.quantized_weight(), self.bias)
+        return self._conv_forward(input, self.quantized_weight(), self.quantized_bias())
 
 
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
@@ -379,7 +404,7 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer."""
-        return self._conv_forward(input, self.quantized_weight(), self.bias)
+        return self._conv_forward(input, self.quantized_weight(), self.quantized_bias())
 
 
 class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
@@ -387,7 +412,7 @@ class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer."""
-        return self._conv_forward(input, self.quantized_weight(), self.bias)
+        return self._conv_forward(input, self.quantized_weight(), self.quantized_bias())
 
 
 class _QuantizedTransposed(QuantizedLayer):
@@ -403,7 +428,7 @@ class _QuantizedTransposed(QuantizedLayer):
         return function(
             input,
             self.quantized_weight(),
-            layer.bias,
+            self.quantized_bias(),
             layer.stride,
             layer.padding,
             padding,
@@ -488,18 +513,42 @@ class QuantizedMultiheadAttention(PlainMultiheadAttention):
     forward.__wrapped__ = nn.MultiheadAttention.forward  # type: ignore[attr-defined]  # for inspect.signature
 
 
+def norm_factor(norm: Any, dtype: torch.dtype) -> Tensor:
+    """Return what a batch norm multiplies each channel with, γ / √(running variance + ε); 0 where γ is 0."""
+    factor = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+    return factor if norm.weight is None else factor * norm.weight.to(dtype)
+
+
+def folded_bias(layer: Any, norm: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the biases of a layer and its batch norm as one, β + (b − running mean) · γ / √(running variance + ε)."""
+    bias = -norm.running_mean.to(dtype)
+    if layer.bias is not None:
+        bias = bias + layer.bias.to(dtype)
+    bias = bias * norm_factor(norm, dtype)
+    return bias if norm.bias is None else bias + norm.bias.to(dtype)
+
+
 class FreezableNorm:
     """Mixed into a batch norm's class: its statistics can be frozen, whatever ``train()`` says."""
 
     is_frozen = False
+    folded_layer: tuple[QuantizedLayer, ...] = ()
+    """The layer that is folded into it."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the norm."""
         norm: Any = self
-        if not self.is_frozen:
+        if not self.is_frozen and norm.training:
             return super().forward(input)  # type: ignore[misc]
         norm._check_input_dim(input)
-        return F.batch_norm(input, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+        with unwatched:
+            bias = norm.bias
+            unit = self.folded_layer[0].bias_unit() if self.folded_layer else None
+            if unit is not None:
+                whole = folded_bias(self.folded_layer[0], norm).detach()
+                moved = (affine.round_bias(whole, unit) - whole).to(input.dtype)
+                bias = moved if bias is None else bias + moved
+        return F.batch_norm(input, norm.running_mean, norm.running_var, norm.weight, bias, False, 0.0, norm.eps)
 
 
 class FreezableBatchNorm1d(FreezableNorm, nn.BatchNorm1d):

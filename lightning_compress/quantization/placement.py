@@ -117,6 +117,7 @@ class Placement:
         places: Where tensors are rounded.
         folded: The name of the batch norm that a layer can be folded into, by the layer's name.
         layers: The names of the layers to quantize that the trace has seen.
+        inputs: The tensor of the place that a layer reads, by the layer's name, if it is used once.
         uses: How often each module is used.
         callees: The modules that a module's forward calls.
         calls: How many calls of watched functions a module's forward makes, for each of its runs.
@@ -125,6 +126,7 @@ class Placement:
     places: list[Place] = field(default_factory=list)
     folded: dict[str, str] = field(default_factory=dict)
     layers: set[str] = field(default_factory=set)
+    inputs: dict[str, int] = field(default_factory=dict)
     uses: Counter[str] = field(default_factory=Counter)
     callees: dict[str, set[str]] = field(default_factory=dict)
     calls: dict[str, list[int]] = field(default_factory=dict)
@@ -369,6 +371,9 @@ class _Planner:
                 continue
             if sole is not None and isinstance(self.module_of(sole), _CLIPPING_MODULES):
                 continue
+            for reader, _ in readers:
+                if self.is_layer(reader) and self.result.uses[reader.meta["name"]] == 1:
+                    self.result.inputs[reader.meta["name"]] = number
             found = Place(
                 "functional" if module is None else "output",
                 node.meta.get("name", node.meta["caller"]),

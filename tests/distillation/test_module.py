@@ -23,12 +23,18 @@ from tests.helpers import (
     FEATURES,
     Crash,
     CrashAt,
+    InfiniteGradientAt,
+    LazyNet,
     ManualNet,
     Net,
     QuietNet,
+    RawManualNet,
     StatefulLoader,
+    TiedNet,
+    TwoOptimizerNet,
     held_out,
     hooks_of,
+    loss_scaling,
     same,
     seeded,
     snapshot,
@@ -111,6 +117,37 @@ def test_both_doors_lead_to_the_same(tmp_path: Path) -> None:
     assert same(through_module.predict(module, held_out()), through_callback.predict(plain, held_out()))
     assert type(module.student) is Student
     assert module.student.net is wrapped.net
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own
+@pytest.mark.parametrize(
+    ("make", "kwargs"),
+    [
+        (Net, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}),
+        (Net, {"precision": "bf16-mixed"}),
+        (Net, {"plugins": "loss scaling"}),
+        (Net, {"precision": "64-true"}),
+        (Net, {"val_check_interval": 3, "limit_train_batches": 5}),
+        (ManualNet, {}),
+        (RawManualNet, {}),
+        (TwoOptimizerNet, {}),
+        (TiedNet, {}),
+        (LazyNet, {}),
+    ],
+)
+def test_both_doors_lead_to_the_same_everywhere(tmp_path: Path, make: Any, kwargs: Any) -> None:
+    results = []
+    for door in ("module", "callback"):
+        student, arguments = seeded(make), {"losses": ["kl", "mse"], "features": {"net.1": "1"}}
+        module = DistillationModule(student, teacher(), **arguments) if door == "module" else student
+        distillation = module.distillation if door == "module" else KnowledgeDistillation(teacher(), **arguments)
+        own = {"plugins": [loss_scaling()]} if "plugins" in kwargs else kwargs
+        skipped = [InfiniteGradientAt(3)] if "plugins" in kwargs else []
+        run = trainer(tmp_path, [*skipped, *([distillation] if door == "callback" else [])], **own)
+        run.fit(module, StatefulLoader(), held_out())
+        results.append(snapshot(module, run) | {"state": distillation.state_dict()})
+        assert hooks_of(module, run) == 0
+    assert same(*results)
 
 
 def test_checkpoints_are_the_bare_students(tmp_path: Path) -> None:

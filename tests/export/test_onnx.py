@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,38 @@ def test_a_tied_weight_is_in_the_file_once(bits: int, granularity: Any, tmp_path
     parameters = sum(p.numel() for p in net.parameters())
     assert (tmp_path / "net.onnx").stat().st_size <= (0.32 if bits == 8 else 0.2) * 4 * parameters
     assert onnx.load(tmp_path / "net.onnx").graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT64
+
+
+def test_a_layer_on_rows_of_rows_is_one_integer_kernel(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = quantized(Encoder(), X.view(16, 4, 16))
+    path = export_onnx(net, X[:2].view(2, 4, 16), tmp_path / "net.onnx")
+    nodes = onnx.load(path).graph.node
+    kinds = Counter(node.op_type for node in nodes)
+    # Biases are the layers' own; the two sums that are left are those of the residual stream.
+    assert (kinds["Gemm"], kinds["MatMul"], kinds["Add"], kinds["QuantizeLinear"]) == (7, 2, 2, 9)
+    made_by = {name: node.op_type for node in nodes for name in node.output}
+    [softmax] = [node for node in nodes if node.op_type == "Softmax"]
+    assert made_by[softmax.input[0]] == "MatMul"  # 1 / √(head width) is in a scale
+
+
+def test_four_bits_agree_to_the_last_integer(tmp_path: Path) -> None:
+    net = trained_cnn(weight_bits=4, activation_bits=4)
+    images, _ = blobs(1000, seed=1)
+    with torch.no_grad():
+        expected = net(images)
+    output = run(export_onnx(net, images[:2], tmp_path / "net.onnx"), images)
+    assert (output.argmax(1) == expected.argmax(1)).sum() >= 999
+    # One activation that is rounded to its neighbour moves an output by several steps.
+    assert ((output - expected).abs().amax(1) <= 0.1 * step(expected)).float().mean() >= 0.99
+
+
+def test_batch_norms_are_folded_where_weights_alone_are_rounded(tmp_path: Path) -> None:
+    net = quantized(with_uneven_norms(ResidualCNN((8, 8, 8))), torch.randn(8, 1, 28, 28), activation_bits=None)
+    images = torch.randn(16, 1, 28, 28)
+    path = export_onnx(net, images[:2], tmp_path / "net.onnx")
+    assert "BatchNormalization" not in {node.op_type for node in onnx.load(path).graph.node}
+    torch.testing.assert_close(run(path, images), net(images).detach(), rtol=1e-3, atol=1e-3)
 
 
 def test_narrow_activations_stay_within_their_range(tmp_path: Path) -> None:

@@ -251,6 +251,60 @@ def test_batch_norms_are_folded() -> None:
     assert not model.one.norm2.output_quantizer.is_rectified if hasattr(model.one.norm2, "output_quantizer") else True
 
 
+def test_batch_norms_are_folded_where_weights_alone_are_rounded() -> None:
+    model, _ = make("cnn")
+    insertion = insert(model, Settings(activation_bits=None))
+    assert sorted(insertion.norms) == ["norm", "one.norm1", "one.norm2", "two.norm1", "two.norm2"]
+    assert not insertion.observers
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_biases_are_multiples_of_what_an_integer_kernel_counts_in(granularity: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))
+    x = torch.randn(64, 8)
+    net.train()(x)
+    nn.init.normal_(net[1].weight)
+    nn.init.normal_(net[1].bias)
+    plain = copy.deepcopy(net)
+    insertion = insert(net, Settings(weight_bits=4, activation_bits=4, granularity=granularity))
+    insertion.switch(True)
+    insertion.observe(True)
+    insertion.freeze_norms(True)
+    net(x)
+    insertion.observe(False)
+    net.eval()
+    outputs: dict[int, Tensor] = {}
+    for index in (1, 3):
+        keep = net[index].register_forward_hook(lambda module, args, out, index=index: outputs.update({index: out}))
+        net[index]._forward_hooks.move_to_end(keep.id, last=False)  # before a quantizer changes it
+    net(x)
+
+    def scale(weight: Tensor) -> Tensor:
+        high = weight.abs().amax(1) if granularity == "channel" else weight.abs().max().expand(len(weight))
+        return high / 7
+
+    norm = plain[1]
+    factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    for index, layer, weight in (
+        (1, net[0], plain[0].weight.double() * factor[:, None]),
+        (3, net[3], plain[3].weight.double()),
+    ):
+        [read] = layer.input_range
+        unit = (read.high - read.low).double() / 15 * scale(weight)
+        sums = outputs[index].double() / unit
+        assert ((sums - sums.round()).abs() < 1e-3).all()
+
+
+def test_a_rounded_bias_passes_its_gradient() -> None:
+    net = nn.Sequential(nn.Linear(8, 4))
+    insertion = insert(net, Settings())
+    insertion.switch(True)
+    insertion.observe(True)
+    net(torch.randn(16, 8)).sum().backward()
+    assert (net[0].bias.grad == 16).all()
+
+
 def test_a_norm_with_another_use_is_not_folded() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
