@@ -354,7 +354,10 @@ def test_two_optimizers_and_an_average(tmp_path: Any) -> None:
 
 
 def test_two_callbacks_on_disjoint_modules(tmp_path: Any) -> None:
-    callbacks = [GradualPruning(0.5, include="net.0", regrowth="feedback"), GradualPruning(0.8, exclude="net.0")]
+    callbacks = [
+        GradualPruning(0.5, include="net.0", regrowth="feedback"),
+        GradualPruning(0.8, exclude="net.0", regrowth=0.0),
+    ]
     other = GradualPruning(0.8, exclude="net.0", regrowth="feedback")
     weights = []
     for second in (callbacks[1], other):

@@ -1,5 +1,6 @@
 import os
 import random
+import re
 import time
 import zlib
 
@@ -230,7 +231,7 @@ def test_a_slow_forward_is_measured_once_and_never_at_a_batch_that_takes_too_lon
     latencies = measure.measure_latencies(model, inputs, "cpu")
     assert latencies["1"]["ms"] >= 50
     assert latencies["64"]["ms"] is None
-    assert latencies["64"]["left_out"].startswith("one forward would take about 3 s")
+    assert re.match(r"one forward would take about [3-9] s", latencies["64"]["left_out"])
 
 
 def test_a_disturbed_measurement_is_repeated_and_the_lowest_median_counts(monkeypatch):
