@@ -22,7 +22,7 @@ from lightning_compress import (
     SparsityRegularization,
 )
 from lightning_compress.modules import clean_name
-from lightning_compress.quantization.layers import QuantizedLayer
+from lightning_compress.quantization.layers import ActivationQuantizer, QuantizedLayer
 from tests.helpers import CLASSES, FEATURES, zeros
 
 
@@ -103,6 +103,9 @@ def _quantized(**kwargs: Any) -> Row:
     def check(module: LightningModule, callback: Any, trainer: Trainer) -> None:
         assert callback.stage() == 1.0
         assert not callback.blind()
+        for quantizer in module.modules():
+            if isinstance(quantizer, ActivationQuantizer):  # of numbers that are normal, and small sums of them
+                assert -30.0 < float(quantizer.low) <= float(quantizer.high) < 30.0
         for layer in module.modules():
             if isinstance(layer, QuantizedLayer):
                 # As many values as the bits allow, zero among them.

@@ -317,8 +317,9 @@ class QuantizationAwareTraining(Callback):
             ends = trainer.strategy.reduce(mine, reduce_op="max")
             counts = trainer.strategy.reduce(seen, reduce_op="max")
         else:
-            counts = trainer.strategy.reduce(seen, reduce_op="sum")
+            # reduce works in place: what is averaged is computed before
             ends = trainer.strategy.reduce(mine * seen[:, None], reduce_op="sum")
+            counts = trainer.strategy.reduce(seen, reduce_op="sum")
             ends = ends / counts.clamp(min=1)[:, None]
         learned = [q for q in observers if q.scale is not None]
         if learned:
