@@ -20,7 +20,7 @@ from lightning_compress import registry
 from lightning_compress.copying import standalone_copy
 from lightning_compress.example_inputs import ExampleInputs, InputCapture
 from lightning_compress.export.files import as_inputs, silence, spell
-from lightning_compress.export.formats import Format, as_folder, as_formats, facts, write_file
+from lightning_compress.export.formats import Format, Judge, as_folder, as_formats, facts, write_file
 from lightning_compress.export.verify import Comparison, ExportedFile, compare_outputs
 from lightning_compress.training import callbacks, plain, refuse_sharding
 
@@ -153,6 +153,7 @@ class ExportCompressed(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hooks behind."""
         self._end_capture()
+        self._seen = None
 
     # --- after training -----------------------------------------------------------------------------------------------
 
@@ -225,28 +226,26 @@ class ExportCompressed(Callback):
 
     # --- the user's own metrics ---------------------------------------------------------------------------------------
 
-    def _judge(
-        self, trainer: Trainer, whole: nn.Module, name: str, inputs: ExampleInputs | None
-    ) -> Callable[[Callable[..., Any], Comparison], dict[str, tuple[float, float]]]:
+    def _judge(self, trainer: Trainer, whole: nn.Module, name: str, inputs: ExampleInputs | None) -> Judge:
         module = whole.get_submodule(name)
         own: dict[str, float] | None = None
         loaders = trainer.val_dataloaders if trainer.enable_validation else None
         # In several processes a metric would wait for the other processes, which do not run this.
         if inputs is not None and loaders is not None and trainer.world_size == 1:
             try:
-                own = _validate(trainer, whole, name, None)
+                own, _ = _validate(trainer, whole, name, None)
             except Exception as error:  # whatever a validation needs that only the user's Trainer has
                 rank_zero_warn(
                     f"ExportCompressed: metrics are not compared, the validation loop does not run by itself: "
                     f"{spell(error)}."
                 )
 
-        def judge(run: Callable[..., Any], comparison: Comparison) -> dict[str, tuple[float, float]]:
+        def judge(run: Callable[..., Any], comparison: Comparison) -> None:
             if inputs is not None:
                 compare_outputs(module, run, [inputs], comparison)
             if own is None or comparison.problem() is not None:
-                return {}
-            calls = 0
+                return
+            calls, before = 0, comparison.rows
 
             def watched(*args: Any, **kwargs: Any) -> Any:
                 nonlocal calls
@@ -255,14 +254,18 @@ class ExportCompressed(Callback):
                 comparison.add(module(*args, **kwargs), got)
                 return got
 
-            theirs = _validate(trainer, whole, name, watched)
-            return {key: (value, theirs[key]) for key, value in own.items() if key in theirs} if calls else {}
+            theirs, batches = _validate(trainer, whole, name, watched)
+            if calls:
+                # A step may call the module several times with the same rows.
+                comparison.add_metrics(own, theirs, (comparison.rows - before) * batches // calls)
 
         return judge
 
 
-def _validate(trainer: Trainer, whole: Any, name: str, forward: Callable[..., Any] | None) -> dict[str, float]:
-    """Return the metrics of a copy of the LightningModule on the trainer's validation data, with another forward."""
+def _validate(
+    trainer: Trainer, whole: Any, name: str, forward: Callable[..., Any] | None
+) -> tuple[dict[str, float], int]:
+    """Validate a copy of the LightningModule, with another forward; returns metrics and the number of batches."""
     copied: Any = standalone_copy(whole)
     for hook in _NOT_AGAIN:
         setattr(copied, hook, lambda *args, **kwargs: None)
@@ -290,4 +293,4 @@ def _validate(trainer: Trainer, whole: Any, name: str, forward: Callable[..., An
         found: dict[str, float] = {}
         for of_a_loader in validating.validate(copied, trainer.val_dataloaders, verbose=False):
             found |= {key: float(value) for key, value in of_a_loader.items()}
-    return found
+    return found, validating.validate_loop.batch_progress.total.completed

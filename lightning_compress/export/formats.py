@@ -30,8 +30,8 @@ Format = Literal["onnx", "pt2", "safetensors"]
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ("safetensors",)}
 """What each format needs, its runtime included."""
 
-Judge = Callable[[Callable[..., Any], Comparison], Mapping[str, tuple[float, float]]]
-"""Runs an opened file, shows what it finds to a `Comparison`, and returns metrics: (of the model, of the file)."""
+Judge = Callable[[Callable[..., Any], Comparison], None]
+"""Runs an opened file and shows a `Comparison` what it finds."""
 
 
 def export(
@@ -76,9 +76,8 @@ def export(
     given = [inputs] if batches is None else [as_inputs(batch) for batch in batches]
     words = facts(module) | {key: str(value) for key, value in (metadata or {}).items()}
 
-    def judge(run: Callable[..., Any], comparison: Comparison) -> dict[str, tuple[float, float]]:
+    def judge(run: Callable[..., Any], comparison: Comparison) -> None:
         compare_outputs(own, run, given, comparison)
-        return {}
 
     files = [write_file(own, inputs, folder, name, words, judge if verify else None) for name in names]
     if rejected := [str(file) for file in files if not file.agrees]:
@@ -132,19 +131,18 @@ def write_file(
 
 def _judged(file: ExportedFile, written: Path, module: nn.Module, inputs: Inputs | None, judge: Judge) -> ExportedFile:
     comparison, problem = Comparison(module), None
-    metrics: dict[str, tuple[float, float]] = {}
     try:
-        metrics.update(judge(open_file(file.format, written, module, () if inputs is None else inputs), comparison))
+        judge(open_file(file.format, written, module, () if inputs is None else inputs), comparison)
     except Exception as error:  # whatever a runtime raises: a file that does not run is none
         problem = f"it cannot be run ({spell(error)})"
     return replace(
         file,
-        tolerance=comparison.tolerance if comparison.rows else None,
+        tolerance=None if comparison.difference is None else comparison.tolerance,
         difference=comparison.difference,
         within=comparison.within,
         equal_classes=comparison.equal_classes,
-        metrics=metrics,
-        problem=problem or comparison.problem() or comparison.metric_problem(metrics),
+        metrics=comparison.metrics,
+        problem=problem or comparison.problem(),
     )
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_compress.copying import standalone_copy
-from lightning_compress.example_inputs import ExampleInputs
+from lightning_compress.example_inputs import ExampleInputs, named_arguments
 from lightning_compress.export.files import Inputs, as_inputs
 from lightning_compress.export.safetensors import load_compressed
 from lightning_compress.pruning.removal import tensors_of
@@ -107,19 +107,28 @@ def open_file(
     inputs = as_inputs(example_inputs)
     if format == "onnx":
         return _open_onnx(Path(path), module, inputs)
+    return _open_pt2(Path(path), module, inputs)
+
+
+def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound
+
+
+def _open_pt2(path: Path, module: nn.Module, inputs: ExampleInputs) -> Callable[..., Any]:
     program = torch.export.load(path).module()
+    names = list(inputs.for_forward(module)) if inputs.kwargs else None
 
     @torch.no_grad()
     def run(*args: Any, **kwargs: Any) -> Any:
-        if inputs.kwargs:
-            return program(**_bound(module, args, kwargs))
-        return program(*_bound(module, args, kwargs).values())
+        bound = _bound(module, args, kwargs)
+        if names is None:
+            return program(*bound.args[: len(inputs.args)])
+        given = named_arguments(bound)
+        return program(**{name: given[name] for name in names})
 
     return run
-
-
-def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
 
 
 def _open_safetensors(path: Path, module: nn.Module) -> Callable[..., Any]:
@@ -138,6 +147,7 @@ def _open_onnx(path: Path, module: nn.Module, inputs: ExampleInputs) -> Callable
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
+    order = tree_flatten(named_arguments(_bound(module, inputs.args, inputs.kwargs)))[1]
     with torch.no_grad():
         leaves, structure = tree_flatten(module(*inputs.args, **inputs.kwargs))
     places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -145,8 +155,9 @@ def _open_onnx(path: Path, module: nn.Module, inputs: ExampleInputs) -> Callable
         raise ValueError(f"the file has {len(session.get_outputs())} outputs, and the module {len(places)}")
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        # The graph has the tensors only, in the order of the arguments.
-        given = [leaf for leaf in tree_leaves(_bound(module, args, kwargs)) if isinstance(leaf, Tensor)]
+        # The graph has the tensors only, in the order of the example's.
+        values = order.flatten_up_to(named_arguments(_bound(module, args, kwargs)))
+        given = [leaf for leaf in values if isinstance(leaf, Tensor)]
         if len(given) != len(names):
             raise ValueError(f"the file takes {len(names)} tensors, and was given {len(given)}")
         feed = {name: leaf.detach().cpu().numpy() for name, leaf in zip(names, given, strict=True)}
@@ -199,7 +210,8 @@ class Comparison:
     A number agrees if it differs by no more than :func:`tolerance` · span, the span being max − min of that output of
     the module, zero included, in the batches so far. Infinities and NaN have to be the same; integers too. All numbers
     of every output have to agree; of a model with rounded activations 99 % have to, and the others within four
-    tolerances.
+    tolerances. A metric may differ by 0.001 · max(1, |metric|), with rounded activations by 0.01 · max(1, |metric|),
+    and by one row: 1 over their number.
 
     Example::
 
@@ -212,9 +224,11 @@ class Comparison:
     def __init__(self, module: nn.Module) -> None:
         self.tolerance, self.is_rounded = tolerance(module)
         self.rows = 0
+        self.metrics: dict[str, tuple[float, float]] = {}
         self._outputs: list[_Output] = []
         self._equal_classes = self._classified = 0
         self._shapes: str | None = None
+        self._unequal: list[str] = []
 
     def add(self, expected: Any, got: Any) -> None:
         """Take a batch's outputs: of the module, and of the file."""
@@ -248,6 +262,16 @@ class Comparison:
         output.within += int((error <= self.tolerance * self._span(output)).sum())
         output.largest = max(output.largest, float(error.max()))
 
+    def add_metrics(self, own: Mapping[str, float], other: Mapping[str, float], rows: int) -> None:
+        """Take the metrics of the module and of the file on that many rows of data."""
+        self.metrics |= {name: (value, other[name]) for name, value in own.items() if name in other}
+        share = _ROUNDED_METRIC if self.is_rounded else _FLOAT_METRIC
+        for name, (ours, theirs) in self.metrics.items():
+            allowed = share * max(1.0, abs(ours)) + 1.0 / max(rows, 1)
+            is_same = ours == theirs or (math.isnan(ours) and math.isnan(theirs))
+            if not is_same and not (math.isfinite(ours) and abs(ours - theirs) <= allowed):
+                self._unequal.append(f"{name} is {theirs:.4g} instead of {ours:.4g}")
+
     @staticmethod
     def _span(output: _Output) -> float:
         return output.high - output.low or 1.0
@@ -269,33 +293,17 @@ class Comparison:
 
     def problem(self) -> str | None:
         """Return why the file does not do what the module does, ``None`` if it does."""
-        if self._shapes is not None or self.difference is None or self.within is None:
+        difference, within = self.difference or 0.0, 1.0 if self.within is None else self.within
+        if self._shapes is not None:
             return self._shapes
-        if self.is_rounded:
-            if self.within < SHARE or self.difference > BEYOND * self.tolerance:
-                return (
-                    f"outputs differ by up to {self.difference:.2g} of their span, {100 * self.within:.4g} % by no "
-                    f"more than {self.tolerance:.2g} (allowed: {BEYOND * self.tolerance:.2g}, {100 * SHARE:.4g} %)"
-                )
-        elif self.difference > self.tolerance:
-            return f"outputs differ by {self.difference:.2g} of their span (allowed: {self.tolerance:.2g})"
-        return None
-
-    def metric_problem(self, metrics: Mapping[str, tuple[float, float]]) -> str | None:
-        """Return which metrics differ by too much, ``None`` if none does.
-
-        Allowed is 0.001 · max(1, |metric|), with rounded activations 0.01 · max(1, |metric|), and one row more: 1 over
-        the number of rows.
-        """
-        share = _ROUNDED_METRIC if self.is_rounded else _FLOAT_METRIC
-        found = [
-            f"{name} is {other:.4g} instead of {own:.4g}"
-            for name, (own, other) in metrics.items()
-            if own != other
-            and not (math.isnan(own) and math.isnan(other))
-            and not abs(own - other) <= share * max(1.0, abs(own)) + 1.0 / max(self.rows, 1)
-        ]
-        return ", ".join(found) or None
+        if self.is_rounded and (within < SHARE or difference > BEYOND * self.tolerance):
+            return (
+                f"outputs differ by up to {difference:.2g} of their span, {100 * within:.4g} % by no more than "
+                f"{self.tolerance:.2g} (allowed: {BEYOND * self.tolerance:.2g}, {100 * SHARE:.4g} %)"
+            )
+        if not self.is_rounded and difference > self.tolerance:
+            return f"outputs differ by {difference:.2g} of their span (allowed: {self.tolerance:.2g})"
+        return ", ".join(self._unequal) or None
 
 
 @torch.no_grad()

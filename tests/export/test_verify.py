@@ -178,7 +178,8 @@ class Keywords(nn.Module):
 
 def test_keywords_and_trees(tmp_path: Path) -> None:
     inputs = {"more": {"b": torch.randn(5, 1), "a": torch.randn(5, 4)}, "x": torch.randn(5, 3), "scale": 0.5}
-    for file in export(Keywords(), inputs, tmp_path, ALL):
+    other = {"x": torch.randn(2, 3), "scale": 0.5, "more": {"a": torch.randn(2, 4), "b": torch.randn(2, 1)}}
+    for file in export(Keywords(), inputs, tmp_path, ALL, batches=[inputs, other]):
         assert file.difference is not None
         assert file.difference < 1e-6
         assert file.equal_classes == 1.0
@@ -189,6 +190,22 @@ def test_positions_and_keywords_are_the_same_call(tmp_path: Path) -> None:
     a, b = torch.randn(5, 3), torch.randn(5, 4)
     export(net, (a, b), tmp_path, ALL, batches=[{"input2": b, "input1": a}])
     export(net, {"input2": b, "input1": a}, tmp_path, ALL, batches=[(a, b)])
+
+
+class Sum(nn.Module):
+    """Any number of arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        return self.layer(parts[0]) + parts[1] - parts[2]
+
+
+def test_any_number_of_arguments(tmp_path: Path) -> None:
+    x, y = torch.randn(5, 3), torch.randn(5, 4)
+    export(Sum(), (x, y, 2.0 * y), tmp_path, ALL, batches=[(x[:4], y[:4], -y[:4])])
 
 
 def test_attention(tmp_path: Path) -> None:
@@ -253,12 +270,27 @@ def test_rounded_activations_may_be_a_neighbour() -> None:
     assert compared(plain(), (own, own + 1.9)).problem() is not None
 
 
-def test_metrics() -> None:
-    comparison = compared(nn.Linear(1, 1), (torch.zeros(100, 2), torch.zeros(100, 2)))
-    same = {"a": (0.5, 0.51), "b": (1e6, 1.0009e6), "nan": (math.nan, math.nan), "inf": (math.inf, math.inf)}
-    assert comparison.metric_problem(same) is None  # a row of a hundred
-    assert comparison.metric_problem({"acc": (0.5, 0.4)}) == "acc is 0.4 instead of 0.5"
-    assert comparison.metric_problem({"acc": (0.5, math.nan)}) is not None
+@pytest.mark.parametrize(
+    ("own", "other", "problem"),
+    [
+        (0.5, 0.51, None),  # a row of a hundred
+        (0.5, 0.515, "acc is 0.515 instead of 0.5"),
+        (0.5, math.nan, "acc is nan instead of 0.5"),
+        (math.nan, math.nan, None),
+        (math.inf, math.inf, None),
+        (-math.inf, math.inf, "acc is inf instead of -inf"),
+        (1e6, 1.0009e6, None),
+        (1e6, 1.0011e6, "acc is 1.001e+06 instead of 1e+06"),
+    ],
+)
+def test_metrics(own: float, other: float, problem: str | None) -> None:
+    comparison = Comparison(nn.Linear(1, 1))
+    comparison.add_metrics({"acc": own, "only_ours": 1.0}, {"acc": other}, 100)
+    assert set(comparison.metrics) == {"acc"}
+    assert comparison.problem() == problem
+    rounding = Comparison(rounded(8))
+    rounding.add_metrics({"acc": 0.5}, {"acc": 0.515}, 100)
+    assert rounding.problem() is None
 
 
 def test_a_line_says_what_became_of_a_file() -> None:
