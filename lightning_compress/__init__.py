@@ -1,6 +1,7 @@
 """Callbacks that compress a PyTorch model while Lightning trains it."""
 
 from lightning_compress.distillation import DistillationModule, KnowledgeDistillation
+from lightning_compress.export import ExportCompressed
 from lightning_compress.guard import AccuracyGuard
 from lightning_compress.learning_rate import LearningRateSchedule
 from lightning_compress.pruning import GradualPruning
@@ -14,6 +15,7 @@ __all__ = [
     "AccuracyGuard",
     "CompressionReport",
     "DistillationModule",
+    "ExportCompressed",
     "GradualPruning",
     "KnowledgeDistillation",
     "LearningRateSchedule",

@@ -90,7 +90,7 @@ class ExampleInputs:
         """
         if not self.kwargs:
             return self.args
-        return dict(inspect.signature(module.forward).bind(*self.args, **self.kwargs).arguments)
+        return named_arguments(inspect.signature(module.forward).bind(*self.args, **self.kwargs))
 
     def to(self, device: torch.device | str) -> ExampleInputs:
         """Return the same inputs on another device."""
@@ -181,6 +181,21 @@ class InputCapture:
         if isinstance(found, ValueError):
             raise found
         return name, found
+
+
+def named_arguments(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Return bound arguments by name, those that ``**kwargs`` takes under their own.
+
+    Example::
+
+        >>> named_arguments(inspect.signature(lambda x, **more: None).bind(1, y=2))
+        {'x': 1, 'y': 2}
+    """
+    arguments = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments
 
 
 def is_compiled(module: nn.Module) -> bool:

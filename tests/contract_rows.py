@@ -15,15 +15,18 @@ from torch import nn
 from lightning_compress import (
     AccuracyGuard,
     CompressionReport,
+    ExportCompressed,
     GradualPruning,
     KnowledgeDistillation,
     LearningRateSchedule,
     QuantizationAwareTraining,
     SparsityRegularization,
 )
+from lightning_compress.copying import standalone_copy
+from lightning_compress.export import load_compressed
 from lightning_compress.modules import clean_name
 from lightning_compress.quantization.layers import ActivationQuantizer, QuantizedLayer
-from tests.helpers import CLASSES, FEATURES, zeros
+from tests.helpers import CLASSES, FEATURES, same, zeros
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,16 @@ def _has_reported(module: LightningModule, callback: Any, trainer: Trainer) -> N
     report = json.loads((Path(callback.dir) / "report.json").read_text())
     matrices = [p for p in report["parameters"] if len(p["shape"]) > 1]
     assert (sum(p["zeros"] for p in matrices), sum(p["total"] for p in matrices)) == zeros(module)
+
+
+def _is_exported(module: LightningModule, callback: Any, trainer: Trainer) -> None:
+    assert all(file.agrees and file.difference == 0.0 for file in callback.files)
+    assert len(callback.files) == trainer.is_global_zero
+    plain = standalone_copy(module)
+    state = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    for tensor in plain.state_dict().values():
+        tensor.zero_()
+    assert same(dict(load_compressed(callback.dir / "model.safetensors", plain).state_dict()), state)
 
 
 def _channels_are_pruned(module: LightningModule, callback: Any, trainer: Trainer) -> None:
@@ -199,6 +212,7 @@ ROWS = {
     "regularization_proximal": Row(lambda path: SparsityRegularization("proximal_l1", 1.0), _has_shrunk),
     "learning_rate": Row(lambda path: LearningRateSchedule(warmup=0.2, decay="cosine"), _has_decayed),
     "report": Row(lambda path: CompressionReport(dir=str(path), plots=False, latency=False), _has_reported),
+    "export": Row(lambda path: ExportCompressed(path / "files", formats=("safetensors",)), _is_exported),
 }
 
 ALONE = {name: row for name, row in ROWS.items() if row.is_alone}

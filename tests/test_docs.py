@@ -28,6 +28,7 @@ data = Data()
 PAGES = [
     "README.md",
     "docs/distillation.md",
+    "docs/export.md",
     "docs/pruning.md",
     "docs/quantization.md",
     "docs/regularization.md",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import os
@@ -41,7 +42,9 @@ def named_inputs(module: nn.Module, inputs: ExampleInputs, dynamic_batch: bool, 
     def shape(leaf: Any) -> Any:
         return {0: dim} if isinstance(leaf, Tensor) and leaf.dim() else None
 
-    shapes = torch.utils._pytree.tree_map(shape, values) if dynamic_batch else None
+    # By the parameters' names: `*args` and `**kwargs` are one each.
+    bound = dict(inspect.signature(module.forward).bind(*inputs.args, **inputs.kwargs).arguments)
+    shapes = torch.utils._pytree.tree_map(shape, bound) if dynamic_batch else None
     if isinstance(values, dict):
         return {"args": (), "kwargs": values, "dynamic_shapes": shapes}
     return {"args": values, "kwargs": {}, "dynamic_shapes": shapes}
