@@ -119,8 +119,9 @@ class GradualPruning(Callback):
 
     Note:
         With ``"auto"`` the density falls from ``begin`` on by equal factors in equal times, at first such that it would
-        be 0.001 at ``end`` (or one unit a layer). When the guard holds or rolls back, the ramp goes on half as fast
-        afterwards. At ``end`` the search is over: the masks are frozen, unless the guard rolls back to fewer zeros.
+        be 0.001 at ``end`` (or one unit a layer). After each hold or rollback the ramp goes on half as fast; after
+        a quarter of its time without one, twice as fast again. At ``end`` the search is over: the masks are frozen,
+        unless the guard rolls back to fewer zeros.
 
         With a target, the number of units is found by bisection on a copy of the model, at the first update, in each
         quarter of the ramp and at the last one, each time with the scores at hand.

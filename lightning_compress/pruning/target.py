@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -44,11 +45,12 @@ def even_in_log(t: float, ratio: float) -> float:
 
 @dataclass
 class Search:
-    """Goes on evenly while nobody holds it, and half as fast after each time that somebody did.
+    """Goes on evenly while nobody holds it: half as fast after each hold, twice as fast after a quarter without one.
 
     Args:
         position: How far it is, from 0 to 1.
-        pace: How fast it goes: 1 is the whole way in the time that was planned.
+        pace: How fast it goes: 1, which it never exceeds, is the whole way in the time that was planned.
+        unheld: For how much of the planned time it has gone on since the last hold or change of pace.
         is_held: Whether it was held when it was last moved.
 
     Example::
@@ -57,11 +59,12 @@ class Search:
         >>> for is_held in (False, True, True, False):
         ...     search.advance(0.25, is_held)
         >>> search
-        Search(position=0.375, pace=0.5, is_held=False)
+        Search(position=0.375, pace=1.0, unheld=0.0, is_held=False)
     """
 
     position: float = 0.0
     pace: float = 1.0
+    unheld: float = 0.0
     is_held: bool = False
 
     def advance(self, planned: float, is_held: bool) -> None:
@@ -71,6 +74,9 @@ class Search:
         else:
             self.is_held = False
             self.position = min(self.position + self.pace * planned, 1.0)
+            self.unheld += planned
+            if self.unheld >= 0.25:
+                self.pace, self.unheld = min(2.0 * self.pace, 1.0), 0.0
 
     def return_to(self, position: float) -> None:
         """Go back to where all was well, and stand still there."""
@@ -80,7 +86,7 @@ class Search:
     def _stop(self) -> None:
         if not self.is_held and self.position > 0.0:
             self.pace /= 2.0
-        self.is_held = True
+        self.unheld, self.is_held = 0.0, True
 
 
 # The model that is left ---------------------------------------------------------------------------------------------
@@ -164,6 +170,8 @@ class Removal:
             self._whole_model = _copy(module)
             self._inputs = _one_row(inputs, self._model, type(module).__name__)
         else:
+            with suppress(ValueError):  # of inputs that have no rows; the ratio is the same for all of them
+                self._inputs = inputs.resized(min(inputs.batch, 2))
             self._whole = self._value()
 
     @torch.no_grad()

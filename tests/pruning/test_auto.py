@@ -138,6 +138,8 @@ def test_after_a_rollback_it_goes_on_half_as_fast(tmp_path: Path) -> None:
     assert before == pytest.approx(way / 10, rel=0.01)
     assert back == still == pytest.approx(2 * way / 10, rel=0.01)  # that of the second epoch
     assert on - still == pytest.approx(0.5 * way / 10, rel=0.01)  # two rollbacks in a row are one hold
+    [later, last] = [math.log(1 - record.at[8 * epoch] / TOTAL) for epoch in (8, 9)]
+    assert last - later == pytest.approx(way / 10, rel=0.02)  # after a quarter of the ramp without a hold
 
 
 def test_at_the_end_the_search_is_over_whatever_was_held(tmp_path: Path) -> None:
