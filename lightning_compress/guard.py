@@ -134,6 +134,11 @@ class AccuracyGuard(Callback):
         """Whether there is a point to return to."""
         return self._is_running and self.action == "rollback" and self._state.good is not None
 
+    @property
+    def can_hold(self) -> bool:
+        """Whether ramps are held while the metric is down."""
+        return self.action != "stop"
+
     def is_within(self, value: float) -> bool:
         """Return whether a value is within the tolerance; nothing is as long as no baseline is known."""
         baseline = self._baseline

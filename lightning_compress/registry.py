@@ -19,7 +19,8 @@ class Technique(Protocol):
 
     It may also have: ``finish(module)`` and ``pruned_module`` (see :func:`smaller_module`); ``skipped``, why modules
     were left as they are, by name; ``has_begun_in(checkpoint)``, whether it had begun when a Lightning checkpoint was
-    written, where the weights alone do not show it; ``can_roll_back`` (see :func:`can_roll_back`).
+    written, where the weights alone do not show it; ``can_roll_back`` and ``can_hold`` (see the functions of
+    these names).
     """
 
     technique: str
@@ -107,6 +108,11 @@ def is_held(module: nn.Module) -> bool:
 def can_roll_back(module: nn.Module) -> bool:
     """Return whether somebody keeps a point to return to, so that weights that are NaN need not end the run."""
     return any(getattr(technique, "can_roll_back", False) for technique in techniques(module))
+
+
+def can_hold(module: nn.Module) -> bool:
+    """Return whether somebody may hold the ramps, so that they can go on until they are held."""
+    return any(getattr(technique, "can_hold", False) for technique in techniques(module))
 
 
 def smaller_module(module: nn.Module) -> nn.Module | None:

@@ -99,6 +99,15 @@ def _channels_are_pruned(module: LightningModule, callback: Any, trainer: Traine
     assert torch.allclose(callback.pruned_module(x), module(x), atol=1e-5)
 
 
+def _works_less(module: LightningModule, callback: Any, trainer: Trainer) -> None:
+    before, after = (
+        sum(child.in_features * child.out_features for child in whole.modules() if isinstance(child, nn.Linear))
+        for whole in (module, callback.pruned_module)
+    )
+    assert 0.5 * before < after <= 0.6 * before
+    assert callback.stage() == 1.0
+
+
 def _connections(criterion: str, **kwargs: Any) -> Row:
     pattern = {} if kwargs.get("granularity") == "2:4" else {"final_sparsity": 0.75}
 
@@ -191,6 +200,9 @@ ROWS = {
             0.5, granularity="channel", criterion="gradient_weight", scope="layer", begin=0.1, end=0.65, every=2
         ),
         _channels_are_pruned,
+    ),
+    "pruning_macs": Row(
+        lambda path: GradualPruning(granularity="channel", target_macs=0.6, begin=0.1, end=0.7, every=2), _works_less
     ),
     "quantization": _quantized(),
     "quantization_minmax_affine": _quantized(

@@ -754,7 +754,7 @@ def test_two_processes(tmp_path: Path) -> None:
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(__file__).parents[1] / "docs/guard.md"
     blocks = [part.split("```")[0] for part in page.read_text().split("```python\n")[1:]]
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lightning_compress, "AccuracyGuard", AccuracyGuard, raising=False)
     names: dict[str, Any] = {"__name__": "page"}

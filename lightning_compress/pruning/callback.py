@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -44,6 +45,7 @@ from lightning_compress.pruning.structure import (
     make_fields,
     smaller_copy,
 )
+from lightning_compress.pruning.target import CEILING, MEASURES, Removal, Search, even_in_log, fewest_units
 from lightning_compress.training import (
     callbacks,
     plain,
@@ -73,7 +75,8 @@ class GradualPruning(Callback):
     Args:
         final_sparsity: The share of the weights (blocks, channels, heads) that are zero at the end, in (0, 1); or a
             dict of patterns on module names and their sparsity, ``{"backbone.*": 0.9, "head": 0.5}``, of which the
-            first that matches counts. N:M sets its own sparsity, 1 − N/M: leave it out there.
+            first that matches counts. N:M sets its own sparsity, 1 − N/M: leave it out there. ``"auto"`` raises it as
+            far as an :class:`~lightning_compress.AccuracyGuard` that holds or rolls back lets it: see the note.
         initial_sparsity: The sparsity at ``begin``, in [0, 1).
         criterion: How a weight is scored, the lowest go first: ``"magnitude"`` |w|, ``"gradient"`` Σ|∂L/∂w|,
             ``"gradient_weight"`` Σ|w·∂L/∂w| (Taylor), ``"activation_weight"`` |w|·‖x‖ with the norm of the weight's
@@ -97,24 +100,37 @@ class GradualPruning(Callback):
             blocks, and any criterion but ``"random"``. A share in [0, 1): at each update, this share of the kept (or of
             the pruned, if they are fewer) single weights is swapped for the pruned ones with the largest gradient,
             fading to 0 (RigL); 0.0 lets none come back. ``None`` is ``"feedback"`` for single weights by magnitude, and
-            0.0 for all else.
+            0.0 for all else and beside ``final_sparsity="auto"``.
         include: Patterns on the names of the modules to prune; by default all linear, convolutional, attention and
             recurrent ones. A name without wildcards is taken whatever its type is.
         exclude: Patterns on the names of modules to leave alone.
         parameters: Which of a module's parameters: ``("weight",)``, or ``("weight", "bias")`` for biases too. Channels
             and heads take along all that belongs to them.
+        target_size: Instead of ``final_sparsity``, for channels and heads: how large the model from which they are cut
+            out is, in bytes of the tensors in its ``state_dict``, as a share of the dense one, in (0, 1).
+        target_macs: The same for the multiply-adds of a forward in linear and convolutional layers and attention.
+        target_latency: The same for the median time of a forward at batch 1, on the device of training. Both models
+            are timed in turns; a busy machine may move it by some hundredths.
 
     Raises:
         ValueError: For a value out of its range, a pattern that matches nothing, a parameter that another pruning
-            callback claims, or a sparsity that would empty a layer: at construction or before the first step. During
-            training, for a weight that is NaN, with its name.
+            callback claims, a sparsity that would empty a layer, a target that is out of reach, or ``"auto"`` without
+            a guard: at construction or before the first step. During training, for a weight that is NaN, with its name.
 
     Note:
+        With ``"auto"`` the density falls from ``begin`` on by equal factors in equal times, at first such that it would
+        be 0.001 at ``end`` (or one unit a layer). After each hold or rollback the ramp goes on half as fast; after
+        a quarter of its time without one, twice as fast again. At ``end`` the search is over: the masks are frozen,
+        unless the guard rolls back to fewer zeros.
+
+        With a target, the number of units is found by bisection on a copy of the model, at the first update, in each
+        quarter of the ramp and at the last one, each time with the scores at hand.
+
         Under manual optimization, a step is a training batch. Parameters may be sharded by ``ModelParallelStrategy``
         with ``fully_shard`` (FSDP2) or, but for channels and heads, by ``FSDPStrategy(use_orig_params=True)``;
         DeepSpeed is refused. Channels and heads need the whole model in every process, once at the start and once at
-        the end. With weight averaging (``WeightAveraging``, ``StochasticWeightAveraging``) the averaged weights are
-        pruned alike.
+        the end, and whenever the number of units for a target is found. With weight averaging (``WeightAveraging``,
+        ``StochasticWeightAveraging``) the averaged weights are pruned alike.
 
     Prune early and often, and leave half of the run to recover: that is what the defaults do. (Zhu and Gupta 2017,
     arXiv 1710.01878; Evci et al. 2020, arXiv 1911.11134, for ``erk``; Lin et al. 2020, arXiv 2006.07253, for
@@ -131,7 +147,7 @@ class GradualPruning(Callback):
 
     def __init__(
         self,
-        final_sparsity: float | dict[str, float] = 0.9,
+        final_sparsity: float | dict[str, float] | Literal["auto"] = 0.9,
         initial_sparsity: float = 0.0,
         criterion: CriterionName | Criterion = "magnitude",
         granularity: str = "weight",
@@ -144,13 +160,22 @@ class GradualPruning(Callback):
         include: Sequence[str] | str | None = None,
         exclude: Sequence[str] | str | None = None,
         parameters: Sequence[str] = ("weight",),
+        target_size: float | None = None,
+        target_macs: float | None = None,
+        target_latency: float | None = None,
     ) -> None:
         super().__init__()
         self.granularity = granularity
         self._granularity = Granularity.parse(granularity)
         self.final_sparsity = _sparsities(_of_pattern(self._granularity, plain(final_sparsity)))
+        self.target_size, self.target_macs, self.target_latency = target_size, target_macs, target_latency
+        self._target = _target({"size": target_size, "macs": target_macs, "latency": target_latency})
+        if self._target is not None:
+            _refuse_target_of(self._granularity, granularity, final_sparsity, self._target[0])
         self.initial_sparsity = number(initial_sparsity, "initial_sparsity", 0.0, 1.0)
-        lowest = min(self.final_sparsity.values() if isinstance(self.final_sparsity, dict) else [self.final_sparsity])
+        final = self.final_sparsity
+        self._asked = None if self._target is not None or final == "auto" else final  # None: it is found in the run
+        lowest = min(self._asked.values()) if isinstance(self._asked, dict) else self._asked or CEILING
         if self.initial_sparsity > lowest:
             raise ValueError(
                 f"`initial_sparsity={initial_sparsity}` must not be above `final_sparsity`, which is {lowest}: "
@@ -163,7 +188,9 @@ class GradualPruning(Callback):
         if self.scope == "erk" and self._granularity.kind == "pattern":
             raise ValueError(f"`scope='erk'` spreads a sparsity that `granularity={granularity!r}` has set already.")
         if regrowth is None:
-            regrowth = "feedback" if (granularity, criterion) == ("weight", "magnitude") else 0.0
+            # re-ranking moves the metric, which is all that a search has to go by
+            learns = (granularity, criterion) == ("weight", "magnitude") and self.final_sparsity != "auto"
+            regrowth = "feedback" if learns else 0.0
         self.regrowth = regrowth if regrowth == "feedback" else _share_that_returns(regrowth)
         if self.regrowth == "feedback" and (self._granularity.is_structured or criterion == "random"):
             odd = f"granularity={granularity!r}" if self._granularity.is_structured else "criterion='random'"
@@ -191,6 +218,11 @@ class GradualPruning(Callback):
                 f"belong to a {granularity}, biases and norms included: leave it out."
             )
         self._ramp = ramp(schedule)
+        if self.final_sparsity == "auto" and schedule != "cubic":
+            raise ValueError(
+                f"`final_sparsity='auto'` lets the density fall by equal factors in equal times: leave `schedule` out, "
+                f"got {schedule!r}."
+            )
         # Lightning asks for it at every hook.
         self._state_key = self._generate_state_key(
             include=self.include,
@@ -210,6 +242,9 @@ class GradualPruning(Callback):
         self._is_training: Callable[[], bool] = lambda: False
         self._is_held: Callable[[], bool] = lambda: False
         self._sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        self._broadcast: Callable[[Any], Any] = lambda value: value
+        self._search = Search() if self.final_sparsity == "auto" else None
+        self._aim: tuple[int, float] | None = None  # how many units are to go, and what they leave of what is measured
         self._restored: dict[str, Any] | None = None
         self._last_update: int | None = None
         self._last_step = 0
@@ -248,6 +283,11 @@ class GradualPruning(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the parameters of a model that ``configure_model`` has only just built, and its channels or heads."""
+        if self._search is not None and not registry.can_hold(pl_module):
+            raise ValueError(
+                "`final_sparsity='auto'` needs a guard that holds the ramp: add AccuracyGuard(..., action='rollback') "
+                "or 'hold' to the callbacks, or give a number."
+            )
         if self._granularity.is_structured:
             if pl_module.example_input_array is not None:
                 inputs = ExampleInputs.from_example(pl_module.example_input_array)
@@ -269,12 +309,18 @@ class GradualPruning(Callback):
         self._is_held = lambda: registry.is_held(pl_module)
         if trainer.world_size > 1:
             self._sum_over_ranks = lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum")
+        self._broadcast = trainer.strategy.broadcast
         sharding.reshard(pl_module)
         run = run_length(trainer)
         begin, end = resolve_span(self.begin, self.end, run)
         self._span = (begin, end, max(self.every.resolve(run, "every"), 1))
         self._steps = run.steps
         self._is_trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if self._search is not None and begin == end and not self._is_trial:
+            raise ValueError(
+                f"`final_sparsity='auto'` searches from `begin={self.begin}` to `end={self.end}`, which are both step "
+                f"{begin}: give a later `end`."
+            )
         self._optimizers = list(trainer.optimizers)
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
@@ -298,8 +344,12 @@ class GradualPruning(Callback):
             self._last_update = self._restored["last_update"]
             self._last_step, self._delay = self._restored["last_step"], self._restored["delay"]
             self._regrown = (self._restored["regrown"][0], list(self._restored["regrown"][1]))
+            if self._search is not None and self._restored["search"] is not None:
+                self._search = Search(**self._restored["search"])
+            self._set_aim(self._restored["aim"])
         else:
             pruner.start()
+            self._refuse_what_is_out_of_reach(pl_module)
         self._has_started = True
         self._averaged = list(_averaged_parameters(trainer, pruner.targets))
         self._enforce_everywhere()
@@ -367,13 +417,15 @@ class GradualPruning(Callback):
         self._pruner = Pruner(
             targets,
             fields,
-            _groups(self.final_sparsity, targets, fields),
+            _groups(self.initial_sparsity if self._asked is None else self._asked, targets, fields),
             self._criterion,
             self.scope,
             self.initial_sparsity,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
             feedback=self.regrowth == "feedback",
         )
+        if self._asked is None:
+            self._pruner.aim(CEILING if self._search is not None else 1.0)
         if self._criterion.signal == "activation":
             scored = {i for field in fields for i in field.scored}
             self._norms = InputNorms({i: targets[i] for i in scored}, lambda: self._is_training())
@@ -391,8 +443,8 @@ class GradualPruning(Callback):
         listed = ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])}, …, {names[-1]}"
         start = f" from {pruner.sparsity:.4g}" if pruner.sparsity else ""
         rank_zero_info(
-            f"GradualPruning: {pruner.total:,} {self._units()} of {len(names)} layers ({listed}){start} to a sparsity "
-            f"of {pruner.final_sparsity:.4g} ({self._spell_criterion()}, {self.granularity}, {self.scope}), "
+            f"GradualPruning: {pruner.total:,} {self._units()} of {len(names)} layers ({listed}){start} to "
+            f"{self._spell_aim()} ({self._spell_criterion()}, {self.granularity}, {self.scope}), "
             f"from step {begin} to step {end}, every {every}."
         )
         if self._skipped:
@@ -427,9 +479,8 @@ class GradualPruning(Callback):
 
     def _is_watching(self) -> bool:
         """Whether what happens in this step tells an update still to come."""
-        begin, end, every = self._span
-        is_over = self._last_update is not None and self._last_update >= end
-        return not is_over and (self._criterion.is_lasting or self._upcoming > begin - every)
+        begin, _, every = self._span
+        return not self._is_over and (self._criterion.is_lasting or self._upcoming > begin - every)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Read the gradients, and clear those of pruned weights before clipping sees them and momentum gathers them.
@@ -485,7 +536,8 @@ class GradualPruning(Callback):
     def _read_gradients(self, optimizer: Optimizer, *, is_scaled: bool) -> None:
         pruner, (begin, end, every) = self._running, self._span
         share = self.regrowth if isinstance(self.regrowth, float) else 0.0
-        regrows = share > 0 and begin < self._upcoming < end and (self._upcoming - begin) % every == 0
+        is_due = begin < self._upcoming < end and (self._upcoming - begin) % every == 0
+        regrows = share > 0 and is_due and not self._is_over
         gathers = self._criterion.signal == "gradient" and self._is_watching()
         if regrows or gathers:
             owned = _owned(optimizer)
@@ -536,21 +588,41 @@ class GradualPruning(Callback):
 
     def _move(self, pl_module: LightningModule, step: int) -> bool:
         # While the ramp is held, its clock stands still.
-        if registry.is_held(pl_module):
+        before, is_held = self._last_step - self._delay, registry.is_held(pl_module)
+        if is_held:
             self._delay += step - self._last_step
         self._last_step = step
+        if self._search is not None:
+            begin, end, _ = self._span
+            self._search.advance(progress(step - self._delay, begin, end) - progress(before, begin, end), is_held)
+            if self._is_over:
+                self._running.settle()
         return self._update_if_due(pl_module, step - self._delay)
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the masks are frozen; a search ends when its time is over, held or not."""
+        end = self._span[1]
+        if self._search is not None:
+            return self._last_step >= end
+        return self._last_update is not None and self._last_update >= end
 
     def _update_if_due(self, pl_module: LightningModule, step: int) -> bool:
         begin, end, every = self._span
         last = self._last_update
-        if step < begin or (last is not None and last >= end):
+        if step < begin or self._is_over:
             return False
         is_due = last is None or step >= end or (step - begin) // every > (last - begin) // every
         if not is_due:
             return False
         try:
-            is_complete = self._running.update(_share(self._ramp, progress(step, begin, end)))
+            if self._target is not None and not self._has_aim(pl_module, step):
+                return False
+            if self._search is not None:
+                done = even_in_log(self._search.position, self._running.ratio)
+            else:
+                done = _share(self._ramp, progress(step, begin, end))
+            is_complete = self._running.update(done)
         except ValueError:
             if not registry.can_roll_back(pl_module):  # a guard will bring back weights that are not NaN
                 raise
@@ -561,6 +633,50 @@ class GradualPruning(Callback):
             self._running.settle()
         self._enforce_everywhere()
         return True
+
+    # --- the target -------------------------------------------------------------------------------------------------
+
+    def _has_aim(self, pl_module: LightningModule, step: int) -> bool:
+        """Find anew how many units are to go, where that is due; return whether it is known."""
+        begin, end, _ = self._span
+        at, last_at = (int(4 * progress(x, begin, end)) for x in (step, self._last_update or 0))
+        if self._aim is None or at > last_at:
+            removal = self._removal(pl_module)
+            aim = fewest_units(self._running, lambda kept: self._share_left(pl_module, removal, kept), self._goal)
+            self._set_aim(aim or self._aim)
+        return self._aim is not None
+
+    def _set_aim(self, aim: Sequence[Any] | None) -> None:
+        if self._target is not None:
+            self._aim = None if aim is None else (aim[0], aim[1])
+            self._running.aim(1.0 if self._aim is None else self._aim[0] / self._running.total)
+
+    def _refuse_what_is_out_of_reach(self, pl_module: LightningModule) -> None:
+        if self._target is None:
+            return
+        least = [torch.arange(field.size) < 1 for field in self._running.fields]
+        share = self._share_left(pl_module, self._removal(pl_module), least)
+        if share > self._goal:
+            raise ValueError(
+                f"`target_{self._target[0]}={self._goal}` is out of reach: with one {self.granularity} left in each of "
+                f"{len(least)} groups, the model still has {share:.4g} of its {MEASURES[self._target[0]]}. Give a "
+                f"larger share, or let more layers be pruned."
+            )
+
+    def _removal(self, pl_module: LightningModule) -> Removal:
+        assert self._target is not None
+        assert self._structure is not None
+        sharding.reshard(pl_module)
+        return Removal(pl_module, self._called, self._inputs, self._structure, self._target[0])
+
+    def _share_left(self, pl_module: LightningModule, removal: Removal, kept: Sequence[Tensor]) -> float:
+        # Ranks would time differently: one of them decides.
+        return float(self._broadcast(removal.share(kept) if pl_module.global_rank == 0 else 0.0))
+
+    @property
+    def _goal(self) -> float:
+        assert self._target is not None
+        return self._target[1]
 
     def _enforce_everywhere(self) -> None:
         self._running.enforce()
@@ -616,12 +732,12 @@ class GradualPruning(Callback):
             say(
                 f"GradualPruning: nothing was learnt about {', '.join(map(repr, unknown))} in some updates "
                 f"(no gradient, or not called): without a score they were left alone. The sparsity is "
-                f"{self._running.sparsity:.4g} of {self._running.final_sparsity:.4g}."
+                f"{self._running.sparsity:.4g} on the way to {self._spell_aim()}."
             )
         elif self.stage() < 1.0 and not self._is_trial:
             rank_zero_warn(
                 f"GradualPruning: the run stopped before `end={self.end}` (step {self._span[1]}): the sparsity is "
-                f"{self._running.sparsity:.4g} instead of {self._running.final_sparsity:.4g}."
+                f"{self._running.sparsity:.4g}, on the way to {self._spell_aim()}."
             )
         if self._running.rescued:
             rescued = ", ".join(sorted(self._running.rescued))
@@ -631,8 +747,10 @@ class GradualPruning(Callback):
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the smaller module, where channels or heads were pruned."""
+        """Make the smaller module, where channels or heads were pruned, and say what has been found."""
         self.finish(pl_module)
+        if self._asked is None and self._has_started:  # after a guard's last word, in on_train_end
+            rank_zero_info(f"GradualPruning: {self.summary()}.")
 
     def finish(self, pl_module: nn.Module) -> None:
         """Make :attr:`pruned_module`: a copy without the pruned channels or heads, checked against the masked model."""
@@ -670,6 +788,7 @@ class GradualPruning(Callback):
         self._averaged = []
         self._is_training = self._is_held = lambda: False
         self._sum_over_ranks = lambda tensor: tensor
+        self._broadcast = lambda value: value
         registry.release(pl_module, self)
 
     # --- state --------------------------------------------------------------------------------------------------------
@@ -685,6 +804,8 @@ class GradualPruning(Callback):
             "last_step": self._last_step,
             "delay": self._delay,
             "regrown": [self._regrown[0], list(self._regrown[1])],
+            "search": None if self._search is None else asdict(self._search),
+            "aim": None if self._aim is None else list(self._aim),
         }
         if self._structure is not None:
             state["structure"] = {
@@ -703,15 +824,19 @@ class GradualPruning(Callback):
     # --- what others may know (registry.Technique) --------------------------------------------------------------------
 
     def stage(self) -> float:
-        """Return how far pruning is, from 0 (not begun) to 1 (the final sparsity)."""
-        return self._pruner.stage if self._pruner is not None and self._pruner.masks else 0.0
+        """Return how far pruning is, from 0 (not begun) to 1 (the final sparsity, or a search that is over)."""
+        if self._pruner is None or not self._pruner.masks:
+            return 0.0
+        if self._asked is None and not self._is_over:  # where the way ends may still change
+            return min(self._pruner.stage, 0.99)
+        return 1.0 if self._search is not None else self._pruner.stage
 
     def summary(self) -> str:
         """Return one line that says what was pruned."""
-        pruner = self._running
+        pruner, target = self._running, self._spell_aim().removeprefix("a sparsity of ")
         return (
             f"{pruner.sparsity:.4g} of {pruner.total:,} {self._units()} in {len(pruner.fields)} layers pruned "
-            f"(target {pruner.final_sparsity:.4g}; {self._spell_criterion()}, {self.granularity}, {self.scope})"
+            f"(target {target}; {self._spell_criterion()}, {self.granularity}, {self.scope})"
         )
 
     @property
@@ -732,6 +857,8 @@ class GradualPruning(Callback):
             "pruner": self._running.state_dict(),
             "ramp": self._last_step - self._delay,
             "update": self._last_update,
+            "position": None if self._search is None else self._search.position,
+            "aim": self._aim,
         }
 
     def rollback(self, state: Mapping[str, Any]) -> None:
@@ -740,12 +867,23 @@ class GradualPruning(Callback):
         self._last_update = state["update"]
         self._delay = self._last_step - state["ramp"]
         self._regrown = (-1, [])
+        if self._search is not None:
+            self._search.return_to(state["position"])
+        self._set_aim(state["aim"])
         self._enforce_everywhere()
 
     def _units(self) -> str:
         return {"weight": "weights", "pattern": "weights", "block": "blocks"}.get(
             self._granularity.kind, f"{self.granularity}s"
         )
+
+    def _spell_aim(self) -> str:
+        if self._search is not None:
+            return "the sparsity that the guard allows"
+        if self._target is None:
+            return f"a sparsity of {self._running.final_sparsity:.4g}"
+        now = "" if self._aim is None else f", {self._aim[1]:.4g} with the {self._aim[0]:,} that are to go"
+        return f"{self._goal:g} of the {MEASURES[self._target[0]]}{now}"
 
     def _spell_criterion(self) -> str:
         return self.criterion if isinstance(self.criterion, str) else "own criterion"
@@ -775,19 +913,42 @@ def _share_that_returns(value: Any) -> float:
     return share
 
 
-def _sparsities(value: Any) -> float | dict[str, float]:
+def _target(given: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Return what is to be measured and how much of it is to be left."""
+    asked = {measure: value for measure, value in given.items() if value is not None}
+    if len(asked) > 1:
+        names = " and ".join(f"`target_{measure}`" for measure in asked)
+        raise ValueError(f"{names} are given: one of them decides how many units go.")
+    for measure, value in asked.items():
+        return measure, _between(value, f"target_{measure}")
+    return None
+
+
+def _refuse_target_of(granularity: Granularity, name: str, final_sparsity: Any, measure: str) -> None:
+    if not granularity.is_structured:
+        raise ValueError(
+            f"`target_{measure}` is that of a model from which channels or heads are cut out: `granularity={name!r}` "
+            f"leaves it as large and as slow as it is. Give `final_sparsity`, or `granularity='channel'`."
+        )
+    if final_sparsity != 0.9:
+        raise ValueError(f"`target_{measure}` sets the sparsity: leave `final_sparsity` out, got {final_sparsity!r}.")
+
+
+def _sparsities(value: Any) -> float | dict[str, float] | Literal["auto"]:
+    if isinstance(value, str) and value == "auto":
+        return "auto"
     if not isinstance(value, Mapping):
-        return _sparsity(value, "final_sparsity")
+        return _between(value, "final_sparsity")
     if not value:
         raise ValueError("`final_sparsity` as a dict must name at least one pattern, got {}.")
-    return {str(pattern): _sparsity(sparsity, f"final_sparsity['{pattern}']") for pattern, sparsity in value.items()}
+    return {str(pattern): _between(sparsity, f"final_sparsity['{pattern}']") for pattern, sparsity in value.items()}
 
 
-def _sparsity(value: Any, name: str) -> float:
-    sparsity = number(value, name, 0.0, 1.0)
-    if not 0.0 < sparsity < 1.0:
+def _between(value: Any, name: str) -> float:
+    share = number(value, name, 0.0, 1.0)
+    if not 0.0 < share < 1.0:
         raise ValueError(f"`{name}` must lie between 0 and 1, both excluded, got {value!r}.")
-    return sparsity
+    return share
 
 
 def _of_pattern(granularity: Granularity, final_sparsity: Any) -> Any:
@@ -795,7 +956,11 @@ def _of_pattern(granularity: Granularity, final_sparsity: Any) -> Any:
     sparsity = granularity.sparsity
     if sparsity is None:
         return final_sparsity
-    if isinstance(final_sparsity, Mapping) or number(final_sparsity, "final_sparsity") not in (0.9, sparsity):
+    if (
+        isinstance(final_sparsity, Mapping)
+        or final_sparsity == "auto"
+        or number(final_sparsity, "final_sparsity") not in (0.9, sparsity)
+    ):
         raise ValueError(
             f"`granularity='{granularity.first}:{granularity.second}'` has a sparsity of {sparsity:g}: "
             f"leave `final_sparsity` out, got {final_sparsity!r}."

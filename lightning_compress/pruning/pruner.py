@@ -15,7 +15,7 @@ from lightning_compress.modules import Target
 from lightning_compress.pruning import masks as masking
 from lightning_compress.pruning import sharding
 from lightning_compress.pruning.activations import input_norm
-from lightning_compress.pruning.allocation import SCOPES
+from lightning_compress.pruning.allocation import SCOPES, Share
 from lightning_compress.pruning.granularity import Field
 from lightning_compress.pruning.importance import Criterion
 from lightning_compress.pruning.topk import select_smallest
@@ -121,13 +121,17 @@ class Pruner:
         self._pruned = [0] * len(self.fields)
         self._pruned_entries = [0] * len(self.targets)
         self._paths: list[_Path] = []
+        self._scope, self._groups = scope, list(groups)
         for group in groups:
-            own = [self.fields[i].shape for i in group.members]
-            first, last = SCOPES[scope](own, initial_sparsity), SCOPES[scope](own, group.sparsity)
-            for begin, end in zip(first, last, strict=True):
+            for begin, end in zip(
+                self._shares(group, initial_sparsity), self._shares(group, group.sparsity), strict=True
+            ):
                 path = _Path([group.members[i] for i in end.members], end.size, begin.count, end.count)
                 self._refuse_empty(path)
                 self._paths.append(path)
+
+    def _shares(self, group: Group, sparsity: float) -> list[Share]:
+        return SCOPES[self._scope]([self.fields[i].shape for i in group.members], sparsity)
 
     def _refuse_empty(self, path: _Path) -> None:
         kept = path.size - path.final
@@ -157,6 +161,12 @@ class Pruner:
         return sum(path.final for path in self._paths) / self.total
 
     @property
+    def ratio(self) -> float:
+        """The density at the end of the way over that at its start."""
+        kept = self.total - sum(path.start for path in self._paths)
+        return (self.total - sum(path.final for path in self._paths)) / kept
+
+    @property
     def stage(self) -> float:
         """How much of the way is done, from 0 to 1."""
         way = sum(path.final - path.start for path in self._paths)
@@ -171,6 +181,30 @@ class Pruner:
         }
 
     # --- the way ------------------------------------------------------------------------------------------------------
+
+    def aim(self, sparsity: float) -> None:
+        """Set another final sparsity, in [0, 1], for all fields; one unit of each stays, and the way leads up only."""
+        last = [share for group in self._groups for share in self._shares(group, sparsity)]
+        for path, share in zip(self._paths, last, strict=True):
+            path.final = max(min(share.count, path.size - len(path.fields)), path.start)
+
+    @torch.no_grad()
+    def preview(self) -> list[Tensor]:
+        """Return the masks that the fields' units would have if an update went all of the way now.
+
+        Raises:
+            ValueError: If a score is NaN, with the parameter's name.
+        """
+        units, rescued = list(self._units), set(self.rescued)
+        self._share_signals()
+        for path in self._paths:
+            missing = path.final - sum(self._pruned[i] for i in path.fields)
+            kept = [self._units[i] for i in path.fields]
+            if missing > 0 and (selected := self._choose(path, kept, missing)) is not None:
+                for i, mask, out in zip(path.fields, kept, selected, strict=True):
+                    units[i] = mask & ~out
+        self.rescued = rescued
+        return units
 
     @torch.no_grad()
     def start(self) -> None:

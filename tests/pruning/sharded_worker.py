@@ -63,6 +63,7 @@ class ShardedNet(UnevenNet):
 
 STRUCTURED: dict[str, dict[str, Any]] = {
     "channel": {"final_sparsity": 0.5, "granularity": "channel", "criterion": "gradient_weight"},
+    "channel_macs": {"target_macs": 0.92, "granularity": "channel", "criterion": "gradient_weight"},
     "head": {"final_sparsity": 0.5, "granularity": "head"},
 }
 
