@@ -526,7 +526,9 @@ class GradualPruning(Callback):
         # One that manual optimization steps without Lightning's wrapper has not come to on_before_optimizer_step.
         if not self._has_cleared:
             self._read_gradients(optimizer, is_scaled=False)
-        self._running.put_back(self._of_others(optimizer))
+        # While a guard holds the ramp they rest: what they learn now would come back all at once, and be held again.
+        if not self._is_held():
+            self._running.put_back(self._of_others(optimizer))
 
     def _of_others(self, optimizer: Optimizer) -> set[int]:
         """Return the ids of other optimizers' parameters: these may be in a graph whose backward is still to come."""
@@ -547,7 +549,7 @@ class GradualPruning(Callback):
                     pruner.gather_gradients(owned)
                 if regrows and not self._is_held():
                     self._regrow(optimizer, owned, share * (1.0 - progress(self._upcoming, begin, end)))
-        pruner.clear_gradients()
+        pruner.clear_gradients(are_learning=not self._is_held())
 
     def _regrow(self, optimizer: Optimizer, owned: Collection[int], share: float) -> None:
         step, done = self._regrown

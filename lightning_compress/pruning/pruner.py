@@ -451,9 +451,13 @@ class Pruner:
         weights = [self._weight(i) if parameters is None else sharding.local(parameters[i].detach()) for i, _ in due]
         masking.zero_pruned_(weights, [mask for _, mask in due])
 
-    def clear_gradients(self) -> None:
-        """Set the gradients of weights that stay pruned to zero, so that no optimizer gathers momentum there."""
-        gradients = [(self._parameter(i).grad, mask) for i, mask in self._cleared]
+    def clear_gradients(self, *, are_learning: bool = True) -> None:
+        """Set the gradients of weights that stay pruned to zero, so that no optimizer gathers momentum there.
+
+        Args:
+            are_learning: Whether those of weights that learn while they are pruned are left as they are.
+        """
+        gradients = [(self._parameter(i).grad, mask) for i, mask in (self._cleared if are_learning else self._enforced)]
         pairs = [(sharding.local(g), mask) for g, mask in gradients if g is not None and g.layout == torch.strided]
         masking.zero_pruned_([gradient for gradient, _ in pairs], [mask for _, mask in pairs])
 
