@@ -19,10 +19,8 @@ takes beyond the plain one and the teacher's forward pass, which is measured by 
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ from pruning import (
     Cache,
     Classifier,
     _mean,
+    _value,
     clock_name,
     console,
     load,
@@ -45,6 +44,7 @@ from pruning import (
     make_trainer,
     ratios,
     software,
+    start,
     take_turns,
 )
 from rich.table import Table
@@ -158,8 +158,6 @@ def accuracy(arguments: argparse.Namespace) -> None:
 
 
 def _arguments(text: str) -> dict[str, Any]:
-    from pruning import _value
-
     return {key: _value(value) for key, _, value in (pair.partition("=") for pair in text.split(",") if pair)}
 
 
@@ -224,11 +222,7 @@ def main() -> None:
     command.add_argument("--block", type=int, default=50, help="steps of a turn")
     command.add_argument("--turns", type=int, default=20, help="turns that count")
 
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    arguments.run(arguments)
+    start(parser)
 
 
 if __name__ == "__main__":

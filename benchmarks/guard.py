@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_compress import AccuracyGuard, GradualPruning, LearningRateSchedule, QuantizationAwareTraining
+from lightning_compress import AccuracyGuard, GradualPruning, LearningRateSchedule, QuantizationAwareTraining, registry
 
 EPOCHS, RATE, TOLERANCE = 12, 1e-3, 0.01
 
@@ -60,8 +60,6 @@ class Epochs(L.Callback):
         self.values: list[tuple[float, bool]] = []
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        from lightning_compress import registry
-
         if not trainer.sanity_checking:
             stages = [technique.stage() for technique in registry.techniques(module) if technique.technique != "guard"]
             self.values.append((float(trainer.callback_metrics["val_acc"]), any(stages)))

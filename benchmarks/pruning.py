@@ -546,6 +546,15 @@ def channels(arguments: argparse.Namespace) -> None:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
+def start(parser: argparse.ArgumentParser) -> None:
+    """Run the command that was asked for, with as many threads as were, and without Lightning's talk."""
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    arguments.run(arguments)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
@@ -579,11 +588,7 @@ def main() -> None:
     command.add_argument("--epochs", type=int, default=8)
     command.add_argument("--criterion", default="magnitude")
 
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    arguments.run(arguments)
+    start(parser)
 
 
 if __name__ == "__main__":

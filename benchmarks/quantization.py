@@ -26,12 +26,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
 import statistics
 import tempfile
 import threading
 import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +51,7 @@ from pruning import (
     make_trainer,
     ratios,
     software,
+    start,
     take_turns,
 )
 from rich.table import Table
@@ -404,11 +403,7 @@ def main() -> None:
     command.add_argument("--turns", type=int, default=15, help="turns that count")
     command.add_argument("--verbose", action="store_true", help="name the float kernels")
 
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    arguments.run(arguments)
+    start(parser)
 
 
 if __name__ == "__main__":

@@ -213,6 +213,17 @@ def is_compiled(module: nn.Module) -> bool:
     )
 
 
+def reset_compiled(*modules: nn.Module) -> bool:
+    """Have Dynamo compile anew if one of the modules is compiled, and return whether one is.
+
+    It overlooks hooks that come or go after it has compiled a module, or another of the same code.
+    """
+    is_any = any(is_compiled(part) for module in modules for part in module.modules())
+    if is_any:
+        torch.compiler.reset()
+    return is_any
+
+
 def spell_shape(shape: Sequence[int]) -> str:
     """Return a shape as people write it.
 

@@ -246,5 +246,16 @@ def _nothing_to_do(pattern: str, modules: dict[str, nn.Module], parameters: Sequ
     )
 
 
+def shorten(names: Sequence[str]) -> str:
+    """Return names in one line, the middle left out where they are more than six.
+
+    Example::
+
+        >>> shorten(["a", "b"]), shorten(list("abcdefg"))
+        ('a, b', 'a, b, c, …, g')
+    """
+    return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])}, …, {names[-1]}"
+
+
 def _spell(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)

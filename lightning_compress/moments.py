@@ -358,6 +358,9 @@ class Schedule:
 
         return value
 
+    def __str__(self) -> str:
+        return f"{self.first:g}" + (f" to {self.last:g}" if self.first != self.last else "")
+
 
 @dataclass(frozen=True)
 class ProgressFunction:
@@ -386,6 +389,9 @@ class ProgressFunction:
                 f"`max_epochs` and a loader with a length."
             )
         return lambda step: float(self.function(progress(step, 0, steps)))
+
+    def __str__(self) -> str:
+        return "as a function of progress"
 
 
 ScheduledLike = int | float | str | Schedule | Mapping[str, Any] | Callable[[float], float]

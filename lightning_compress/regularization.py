@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import LBFGS, Optimizer
 
 from lightning_compress import registry
-from lightning_compress.modules import Target, as_patterns, clean_name, refuse_if_no_match, select_parameters
+from lightning_compress.modules import Target, as_patterns, clean_name, refuse_if_no_match, select_parameters, shorten
 from lightning_compress.moments import (
     Moment,
     MomentLike,
@@ -394,12 +394,11 @@ class SparsityRegularization(Callback):
     def summary(self) -> str:
         """Return one line that says what is penalized, and how strongly."""
         names = [target.module_name for target, _ in self._targets]
-        listed = ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])}, …, {names[-1]}"
         count = sum(target.parameter.numel() for target, _ in self._targets)
         values = self.strength if isinstance(self.strength, dict) else {"": self.strength}
-        strength = ", ".join(f"{_spell(value)} {pattern}".strip() for pattern, value in values.items())
+        strength = ", ".join(f"{value} {pattern}".strip() for pattern, value in values.items())
         return (
-            f"{self.penalty} on {count:,} weights of {len(names)} layers ({listed}), strength {strength}, "
+            f"{self.penalty} on {count:,} weights of {len(names)} layers ({shorten(names)}), strength {strength}, "
             f"from step {self._span[0]} to step {self._span[1]}"
         )
 
@@ -490,12 +489,6 @@ def _strengths(value: Any) -> Schedule | ProgressFunction | dict[str, Schedule |
     if not value:
         raise ValueError("`strength` as a dict must name at least one pattern, got {}.")
     return {str(pattern): scheduled(one, f"strength['{pattern}']", 0.0) for pattern, one in value.items()}
-
-
-def _spell(strength: Schedule | ProgressFunction) -> str:
-    if isinstance(strength, ProgressFunction):
-        return "by a function"
-    return f"{strength.first:g}" + (f" to {strength.last:g}" if strength.first != strength.last else "")
 
 
 def _dense_gradient(parameter: nn.Parameter) -> Tensor:

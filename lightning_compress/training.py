@@ -71,8 +71,8 @@ def callbacks(trainer: Trainer) -> list[Callback]:
 
 def validation(
     module: Any, data: Any, monitor: str | None = None, trainer: Trainer | None = None
-) -> tuple[str, Callable[[Any], float]]:
-    """Return a metric's name, and a function that validates a module and returns that metric.
+) -> tuple[str, float, Callable[[Any], float]]:
+    """Return a metric's name and its value, and a function that validates a module and returns that metric.
 
     Args:
         module: The LightningModule; it is validated once.
@@ -97,12 +97,23 @@ def validation(
             found |= of_a_loader
         return found
 
-    names = list(metrics(module))
+    found = metrics(module)
+    names = list(found)
     if monitor not in (names if monitor is not None or len(names) != 1 else [None]):
         what = "must name a metric" if monitor is None else f"{monitor!r} is no metric"
         raise ValueError(f"`monitor` {what} that the validation logs: {', '.join(map(repr, names)) or 'it logs none'}.")
     name = monitor or names[0]
-    return name, lambda module: float(metrics(module)[name])
+    return name, float(found[name]), lambda module: float(metrics(module)[name])
+
+
+def own_metrics(trainer: Trainer) -> dict[str, Any]:
+    """Return the metrics without the copies, as ``compress/<name>``, that ``ModelCheckpoint`` is given of them."""
+    found = trainer.callback_metrics
+    return {
+        name: value
+        for name, value in found.items()
+        if not (name.startswith("compress/") and name.removeprefix("compress/") in found)
+    }
 
 
 def publish_compressed_metrics(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -26,7 +26,7 @@ from lightning_compress.distillation.losses import LogitLoss, as_losses, call, c
 from lightning_compress.distillation.teacher import EMATeacher, Teacher, load, merge
 from lightning_compress.example_inputs import ExampleInputs
 from lightning_compress.modules import named_module
-from lightning_compress.moments import ProgressFunction, Schedule, ScheduledLike, one_of, scheduled
+from lightning_compress.moments import ScheduledLike, one_of, scheduled
 from lightning_compress.training import is_sharded, plain, refuse_sharding, run_length, steps_done
 
 
@@ -563,7 +563,7 @@ class KnowledgeDistillation(Callback):
         """Return one line that says who teaches, and how."""
         losses = [*(loss.name for loss in self._losses), *(f"{pair.loss} of {pair.student}" for pair in self.features)]
         text = f"{self._teacher or 'the teacher'} teaches by {', '.join(losses)}, temperature "
-        text += f"{_spell(self.temperature)}, weight {_spell(self.weight)}"
+        text += f"{self.temperature}, weight {self.weight}"
         return text + (f"; {self._copied.describe()}" if self._copied is not None else "")
 
     def layers(self) -> Mapping[str, Mapping[str, Any]]:
@@ -604,12 +604,6 @@ def distilled_loss(module: LightningModule, loss: Tensor) -> Tensor:
         if isinstance(technique, KnowledgeDistillation) and technique.is_training:
             loss = technique.add(module, loss)
     return loss
-
-
-def _spell(value: Schedule | ProgressFunction) -> str:
-    if isinstance(value, ProgressFunction):
-        return "as a function of progress"
-    return f"{value.first:g}" if value.first == value.last else f"{value.first:g} to {value.last:g}"
 
 
 def _numbers(optimizer: Optimizer) -> dict[int, int]:

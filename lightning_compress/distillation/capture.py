@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.example_inputs import is_compiled
+from lightning_compress.example_inputs import reset_compiled
 from lightning_compress.modules import named_module
 
 Select = int | str | Callable[[Any], Tensor]  # `int` first: jsonargparse takes the first that fits
@@ -79,17 +79,12 @@ class OutputCapture:
         self._found: dict[str, list[Call]] = {}  # by the outermost modules' names, while the search goes on
         self._kept: dict[str, tuple[Tensor, int]] = {}  # with the version of the tensor
         self._handles: list[Any] = []
-        self._reset_compiled()
+        reset_compiled(self._root)
         self._watch_features()
         if name is None:
             self._search()
         else:
             self._watch(name)
-
-    def _reset_compiled(self) -> None:
-        # Dynamo overlooks hooks that come or go after it has compiled a module.
-        if any(map(is_compiled, self._root.modules())):
-            torch.compiler.reset()
 
     # --- hooks --------------------------------------------------------------------------------------------------------
     # They are functions, and not methods: a copy of the module that somebody makes must not copy the capture.
@@ -200,7 +195,7 @@ class OutputCapture:
             raise ValueError(f"`training_step` calls {names}: say which output is distilled. {_WAY_OUT}")
         self.name = "" if "" in found else next(iter(found))
         self.remove()
-        self._reset_compiled()
+        reset_compiled(self._root)
         self._watch_features()
         self._watch(self.name)
         self._calls = found[self.name]

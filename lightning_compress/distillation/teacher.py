@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_compress.copying import standalone_copy
 from lightning_compress.distillation.capture import first_tensor, unchanged
-from lightning_compress.example_inputs import ExampleInputs, is_compiled
+from lightning_compress.example_inputs import ExampleInputs, reset_compiled
 from lightning_compress.modules import clean_name, named_module
 from lightning_compress.moments import number
 
@@ -86,7 +86,7 @@ class Teacher:
         for handle in self._handles:
             handle.remove()
         if self._handles:
-            self._reset_compiled()
+            reset_compiled(*self.modules)
         for part, training in self._flags:
             part.training = training
         self._handles, self._watched, self._features, self._flags = [], [], {}, []
@@ -124,7 +124,7 @@ class Teacher:
                 f"`features` out, or give one teacher."
             )
         layers = {name: named_module(self.modules[0], name, "features") for name in names}
-        self._reset_compiled()
+        reset_compiled(*self.modules)
         for name, layer in layers.items():
             self._handles.append(layer.register_forward_hook(partial(self._keep, name)))
         self._watched += layers
@@ -144,11 +144,6 @@ class Teacher:
     def _keep(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
         tensor = first_tensor(output, name)
         self._features[name] = (tensor, tensor._version)
-
-    def _reset_compiled(self) -> None:
-        # Dynamo overlooks hooks that come or go after it has compiled a module.
-        if any(is_compiled(part) for module in self.modules for part in module.modules()):
-            torch.compiler.reset()
 
     def __deepcopy__(self, memo: Any) -> Teacher:
         """Return itself: who copies a student, as weight averaging does, does not mean its teacher."""

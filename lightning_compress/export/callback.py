@@ -22,7 +22,7 @@ from lightning_compress.example_inputs import ExampleInputs, InputCapture
 from lightning_compress.export.files import as_inputs, silence, spell
 from lightning_compress.export.formats import Format, Judge, as_folder, as_formats, facts, write_file
 from lightning_compress.export.verify import Comparison, ExportedFile, compare_outputs
-from lightning_compress.training import callbacks, plain, refuse_sharding
+from lightning_compress.training import callbacks, own_metrics, plain, refuse_sharding
 
 # What would build the model anew, or bring the user's callbacks along, in the Trainer that only validates.
 _NOT_AGAIN = ("setup", "teardown", "prepare_data", "configure_model")
@@ -211,11 +211,9 @@ class ExportCompressed(Callback):
 
     def _metadata(self, trainer: Trainer, module: nn.Module, name: str) -> dict[str, str]:
         words = facts(module)
-        found = trainer.callback_metrics
         metrics = {
             key: float(value) if math.isfinite(value) else str(float(value))
-            for key, value in found.items()
-            if not (key.startswith("compress/") and key.removeprefix("compress/") in found)  # ModelCheckpoint's copies
+            for key, value in own_metrics(trainer).items()
         }
         return words | {
             "versions": json.dumps(json.loads(words["versions"]) | {"lightning": lightning.__version__}),

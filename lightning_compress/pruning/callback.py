@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_compress import registry
-from lightning_compress.example_inputs import ExampleInputs, InputCapture, is_compiled
-from lightning_compress.modules import Target, as_patterns, clean_name, refuse_if_no_match, select_parameters
+from lightning_compress.example_inputs import ExampleInputs, InputCapture, is_compiled, reset_compiled
+from lightning_compress.modules import Target, as_patterns, clean_name, refuse_if_no_match, select_parameters, shorten
 from lightning_compress.moments import (
     Moment,
     MomentLike,
@@ -432,18 +432,15 @@ class GradualPruning(Callback):
         registry.register(pl_module, self, [(target.name, target.parameter) for target in targets])
 
     def _attach_if_compiled(self, pl_module: LightningModule) -> None:
-        if self._norms is not None and any(map(is_compiled, pl_module.modules())):
-            # Dynamo overlooks hooks that come after it has compiled a module, or another of the same code.
-            torch.compiler.reset()
+        if self._norms is not None and reset_compiled(pl_module):
             self._norms.attach()
 
     def _announce(self, steps: int | None) -> None:
         pruner, (begin, end, every) = self._running, self._span
         names = list(dict.fromkeys(pruner.targets[field.scored[0]].module_name for field in pruner.fields))
-        listed = ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])}, …, {names[-1]}"
         start = f" from {pruner.sparsity:.4g}" if pruner.sparsity else ""
         rank_zero_info(
-            f"GradualPruning: {pruner.total:,} {self._units()} of {len(names)} layers ({listed}){start} to "
+            f"GradualPruning: {pruner.total:,} {self._units()} of {len(names)} layers ({shorten(names)}){start} to "
             f"{self._spell_aim()} ({self._spell_criterion()}, {self.granularity}, {self.scope}), "
             f"from step {begin} to step {end}, every {every}."
         )

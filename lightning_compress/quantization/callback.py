@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_compress import registry
-from lightning_compress.modules import as_patterns
+from lightning_compress.modules import as_patterns, shorten
 from lightning_compress.moments import Moment, one_of, refuse_if_after, resolve_span
 from lightning_compress.quantization.insertion import Insertion, Settings, insert
 from lightning_compress.quantization.layers import QuantizedMultiheadAttention, Quantizer
@@ -230,11 +230,10 @@ class QuantizationAwareTraining(Callback):
         insertion = self._inserted
         begin, freeze, freeze_norm = self._due
         names = list(insertion.layers)
-        listed = ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])}, …, {names[-1]}"
         rank_zero_info(
             f"QuantizationAwareTraining: {self.weight_bits}-bit weights and {self._activations} activations in "
-            f"{len(names)} layers ({listed}; {self.granularity}, {self.scheme}, {self.range}), from step {begin}; "
-            f"ranges are frozen from step {freeze}"
+            f"{len(names)} layers ({shorten(names)}; {self.granularity}, {self.scheme}, {self.range}), "
+            f"from step {begin}; ranges are frozen from step {freeze}"
             + (f", {len(insertion.norms)} folded batch norms from step {freeze_norm}." if insertion.norms else ".")
         )
         if insertion.skipped:

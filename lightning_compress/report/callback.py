@@ -26,7 +26,7 @@ from lightning_compress.pruning.removal import profile
 from lightning_compress.report import measure, plots
 from lightning_compress.report.measure import ParameterCount, StepTimes
 from lightning_compress.report.similarity import layer_grams, similarities
-from lightning_compress.training import callbacks, is_sharded, plain, run_length, steps_done
+from lightning_compress.training import callbacks, is_sharded, own_metrics, plain, run_length, steps_done
 
 SCHEMA = 1
 """The version of the layout of ``report.json``: keys are added without a new one, none is renamed or removed."""
@@ -527,10 +527,7 @@ def _row(count: ParameterCount, techniques: Iterable[Mapping[str, Any]]) -> dict
 
 
 def _metrics(trainer: Trainer) -> dict[str, float | None]:
-    found = trainer.callback_metrics
-    # Not the copies, as `compress/<name>`, that ModelCheckpoint is given of metrics.
-    own = [name for name in found if not (name.startswith("compress/") and name.removeprefix("compress/") in found)]
-    return {name: measure.plain_value(found[name]) for name in own}
+    return {name: measure.plain_value(value) for name, value in own_metrics(trainer).items()}
 
 
 def _multiply_adds(module: nn.Module, inputs: ExampleInputs) -> int | None:

@@ -186,11 +186,11 @@ def sensitivity(
     targets = select_parameters(module, include, exclude)
     if callable(data) and not hasattr(data, "__iter__"):
         evaluate, name = data, monitor or "the metric"
+        baseline = float(evaluate(module))
     else:
         from lightning_compress.training import validation
 
-        name, evaluate = validation(module, data, monitor, trainer)
-    baseline = float(evaluate(module))
+        name, baseline, evaluate = validation(module, data, monitor, trainer)
     trials = []
     for target in targets:
         for kind, level in levels:
