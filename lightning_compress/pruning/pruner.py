@@ -442,12 +442,15 @@ class Pruner:
             parameters: Other tensors of the same shapes to act on, in the targets' order; by default their own.
             but: The ``id`` of each of their own that is left alone, for it cannot have changed.
         """
+        masks = self._enforced
         if parameters is None and self._dense:
-            copies = [self._copies[i] for i in self._dense]
-            torch._foreach_copy_(copies, [self._weight(i) for i in self._dense])
-            masking.zero_pruned_(copies, [self._copied[i][1] for i in self._dense])
-            self._dense = []
-        due = [(i, mask) for i, mask in self._enforced if not but or id(self._parameter(i)) not in but]
+            dense, self._dense = self._dense, []
+            weights = [self._weight(i) for i in dense]
+            masking.move_pruned_(weights, [self._copies[i] for i in dense], [self._copied[i][1] for i in dense])
+            masks = [*(pair for pair in masks if pair[0] not in dense), *self._cleared]  # zeros that never learn
+            if not masks:
+                return
+        due = [(i, mask) for i, mask in masks if not but or id(self._parameter(i)) not in but]
         weights = [self._weight(i) if parameters is None else sharding.local(parameters[i].detach()) for i, _ in due]
         masking.zero_pruned_(weights, [mask for _, mask in due])
 
@@ -457,7 +460,10 @@ class Pruner:
         Args:
             are_learning: Whether those of weights that learn while they are pruned are left as they are.
         """
-        gradients = [(self._parameter(i).grad, mask) for i, mask in (self._cleared if are_learning else self._enforced)]
+        masks = self._cleared if are_learning else self._enforced
+        if not masks:
+            return
+        gradients = [(self._parameter(i).grad, mask) for i, mask in masks]
         pairs = [(sharding.local(g), mask) for g, mask in gradients if g is not None and g.layout == torch.strided]
         masking.zero_pruned_([gradient for gradient, _ in pairs], [mask for _, mask in pairs])
 
