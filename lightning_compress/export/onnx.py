@@ -258,6 +258,7 @@ class _Lowering:
         for node in self._nodes("Dequantize"):
             self._lower_weight(node)
         self._fold_factors()
+        self._separate_clips()
         self._join_reshapes()
         self._remove_unused()
         self.graph.sort()
@@ -451,6 +452,19 @@ class _Lowering:
                 source.replace_input_with(1, self._constant(np.asarray(scale * factor.item(), np.float32), name))
                 self._replace(node.outputs[0], product.outputs[0])
                 break
+
+    def _separate_clips(self) -> None:
+        """Spell the clipping of a product's floats so that runtimes do not join the two on a float kernel."""
+        for node in [*self._nodes("Relu"), *self._nodes("Clip")]:
+            product = node.inputs[0].producer()  # type: ignore[union-attr]
+            if product is None or product.op_type not in ("Gemm", "MatMul") or not self._reads_integers(product):
+                continue
+            value: Any = node.inputs[0]
+            bounds = [self._constant(np.array(0.0, np.float32), "zero")] if node.op_type == "Relu" else node.inputs[1:]
+            for kind, bound in zip(("Max", "Min"), bounds, strict=False):
+                if bound is not None:
+                    value = self._insert(node, kind, [value, bound], f"{node.outputs[0].name}_{kind.lower()}")
+            self._replace(node.outputs[0], value)
 
     def _join_reshapes(self) -> None:
         for node in self._nodes("Reshape"):

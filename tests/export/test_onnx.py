@@ -304,3 +304,22 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"onnxscript: pip install 'lightning_compress\[export\]'"):
         export_onnx(mlp(), X[:2], tmp_path / "net.onnx")
+
+
+class Clipped(nn.Module):
+    def __init__(self, function: Any, bias: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 32, bias=bias), nn.Linear(32, 4)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.function(self.first(x)) * 0.5 + 0.1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("function", [torch.relu, F.relu6, lambda x: x.clamp(max=0.5)])
+def test_clipped_numbers_that_stay_floats_come_from_an_integer_kernel(
+    function: Any, bias: bool, tmp_path: Path
+) -> None:
+    kernels = check(tmp_path, quantized(Clipped(function, bias), X), X, share=0.98)
+    assert (kernels["integer"], kernels["float"]) == (2, 0)
