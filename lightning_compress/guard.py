@@ -266,7 +266,8 @@ class AccuracyGuard(Callback):
         hint = f" Did you mean '{close[0]}'?" if close else ""
         return ValueError(
             f"AccuracyGuard(monitor='{self.monitor}'): neither validation nor the training steps have logged such a "
-            f"metric. Logged: {', '.join(logged) or 'nothing'}.{hint}"
+            f"metric. Logged: {', '.join(logged) or 'nothing'}.{hint} A metric that is not logged each time has to be "
+            f"logged the first time too."
         )
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -598,6 +598,16 @@ def test_what_fits_no_module_or_run_is_refused_by_name(tmp_path: Path, kwargs: d
         fit(tmp_path, seeded(Doubled), [SparsityRegularization(**kwargs)])
 
 
+def test_scales_that_are_not_there_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    message = r"finds no batch norm with a scale in Net\. Take `penalty='group_lasso'`"
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, seeded(Net), [SparsityRegularization("batchnorm_scale")])
+    module = seeded(Net)
+    module.net.insert(1, nn.BatchNorm1d(16, affine=False))
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, module, [SparsityRegularization("batchnorm_scale")])
+
+
 def test_a_norm_of_another_kind_is_taken_by_its_full_name(tmp_path: Path) -> None:
     module = seeded(Doubled)
     module.net[3] = nn.LayerNorm(16).double()
