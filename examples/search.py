@@ -26,7 +26,7 @@ def main() -> None:
     # Of channels, `GradualPruning(granularity="channel", target_macs=0.5)` finds as many as leave half of the work, and
     # `target_size` and `target_latency` the same of the file and of the time; "auto" asks for none of them.
     pruning = GradualPruning("auto", begin=0.25, end=0.9)
-    report = CompressionReport(dir="outputs/search", latency=False)
+    report = CompressionReport(dir="outputs/search")
     callbacks = [pruning, guard, LearningRateSchedule(), report]
     trainer = L.Trainer(max_epochs=30, callbacks=callbacks, logger=False, enable_checkpointing=False)
     trainer.fit(module, data)

@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +18,6 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
-import lightning_compress
 from lightning_compress import (
     CompressionReport,
     GradualPruning,
@@ -857,19 +855,3 @@ def test_two_processes(tmp_path: Path) -> None:
     assert [event["action"] for event in results[0]["rollback"]["events"]] == ["rollback", "resume"] * 2
     assert results[0]["stop"]["events"][0]["step"] == 2 * BATCHES
     assert results[0]["hold"]["events"][0]["value"] == pytest.approx(0.7)  # the mean of 0.9 and 0.5
-
-
-# --- documentation ----------------------------------------------------------------------------------------------------
-
-
-def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = Path(__file__).parents[1] / "docs/guard.md"
-    blocks = [part.split("```")[0] for part in page.read_text().split("```python\n")[1:]]
-    assert len(blocks) == 6
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lightning_compress, "AccuracyGuard", AccuracyGuard, raising=False)
-    names: dict[str, Any] = {"__name__": "page"}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "GradualPruning: the run stopped before")
-        for block in blocks:
-            exec(compile(block, str(page), "exec", dont_inherit=True), names)

@@ -829,19 +829,6 @@ def test_the_recipe_slims_a_network(tmp_path: Path) -> None:
     assert (smaller(x).argmax(1) == y).float().mean() > 0.9
 
 
-# --- documentation ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_the_page_runs() -> None:
-    page = ROOT / "docs/regularization.md"
-    blocks = [part.split("```")[0] for part in page.read_text().split("```python\n")[1:]]
-    assert len(blocks) == 4
-    names: dict[str, Any] = {"__name__": "page"}
-    for block in blocks:
-        exec(compile(block, str(page), "exec", dont_inherit=True), names)
-
-
 # --- sharded parameters -----------------------------------------------------------------------------------------------
 
 
