@@ -393,7 +393,7 @@ class SparsityRegularization(Callback):
 
     def summary(self) -> str:
         """Return one line that says what is penalized, and how strongly."""
-        names = [target.module_name for target, _ in self._targets]
+        names = list(dict.fromkeys(target.module_name for target, _ in self._targets))
         count = sum(target.parameter.numel() for target, _ in self._targets)
         values = self.strength if isinstance(self.strength, dict) else {"": self.strength}
         strength = ", ".join(f"{value} {pattern}".strip() for pattern, value in values.items())

@@ -616,6 +616,14 @@ def test_a_norm_of_another_kind_is_taken_by_its_full_name(tmp_path: Path) -> Non
     assert callback.summary().startswith("batchnorm_scale on 16 weights of 1 layers (net.3), strength 0.1")
 
 
+def test_a_layer_with_several_weights_is_named_once(tmp_path: Path) -> None:
+    module = seeded(Doubled)
+    module.memory = nn.LSTM(3, 4)
+    callback = SparsityRegularization("group_lasso", 0.1, include=["memory", "net.0"])
+    fit(tmp_path, module, [callback])
+    assert callback.summary().startswith("group_lasso on 304 weights of 2 layers (net.0, memory)")
+
+
 def test_a_proximal_penalty_needs_a_rate(tmp_path: Path) -> None:
     class Rateless(torch.optim.Optimizer):
         def __init__(self, params: Any) -> None:
