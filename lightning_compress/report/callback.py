@@ -17,6 +17,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 import lightning_compress
@@ -138,8 +139,11 @@ class CompressionReport(Callback):
         self._take_captured(trainer, pl_module, "the sanity check", is_last_chance=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask how long the run is; watch the first training batch if there was no sanity check."""
-        self._running.planned_steps = run_length(trainer).steps
+        """Say what will be measured; ask how long the run is; watch the first batch if there was no sanity check."""
+        run = self._running
+        run.planned_steps = run_length(trainer).steps
+        without = f", without latency ({run.left_out})" if run.left_out is not None else ""
+        rank_zero_info(f"CompressionReport: {_name(pl_module)} is measured when the fit ends{without}: {run.dir}.")
         self._watch(trainer, pl_module)
 
     # --- during training ----------------------------------------------------------------------------------------------
