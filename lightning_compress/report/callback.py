@@ -10,24 +10,31 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 import lightning_compress
 from lightning_compress import registry
 from lightning_compress.example_inputs import ExampleInputs, InputCapture, is_compiled
+from lightning_compress.modules import clean_name
 from lightning_compress.pruning.removal import profile
-from lightning_compress.report import measure, plots
+from lightning_compress.report import measure, plots, table
+from lightning_compress.report.exported import exported_figures
 from lightning_compress.report.measure import ParameterCount, StepTimes
+from lightning_compress.report.page import report_page
 from lightning_compress.report.similarity import layer_grams, similarities
 from lightning_compress.training import callbacks, is_sharded, own_metrics, plain, run_length, steps_done
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SCHEMA = 1
 """The version of the layout of ``report.json``: keys are added without a new one, none is renamed or removed."""
@@ -46,6 +53,7 @@ class _Run:
     is_sharded: bool
     steps: StepTimes = field(default_factory=StepTimes)
     step_started: float | None = None
+    figures: dict[str, Any] | None = None
     planned_steps: int | None = None
     capture: InputCapture | None = None
     inputs: ExampleInputs | None = None
@@ -55,13 +63,14 @@ class _Run:
 
 
 class CompressionReport(Callback):
-    """Say what was compressed, by how much and at what price: a table, ``report.json``, loggers and a picture.
+    """Say what was compressed, by how much and at what price: a table, ``report.json``, a page, loggers and pictures.
 
-    All of it is written at the end of ``fit``, by rank zero: the sparsity of every parameter and of what each technique
-    claims, the last metrics, the size on disk, the time of a training step, the latency of the model before and after,
-    and the sparsity of the file that ``ModelCheckpoint`` calls the best. The keys are documented in ``docs/report.md``.
-    Nothing of the model, of its metrics or of the random numbers is changed by measuring. After the fit, the content of
-    ``report.json`` is also in the attribute ``figures``.
+    All of it is measured at the end of ``fit`` and written in ``teardown``, by rank zero: the sparsity of every
+    parameter and of what each technique claims, the last metrics, the size on disk, the time of a training step, the
+    latency of the model before and after, the sparsity of the file that ``ModelCheckpoint`` calls the best, and bytes
+    and latency of the files that ``ExportCompressed`` has written, wherever it stands in the list of callbacks. The
+    keys are documented in ``docs/report.md``. Nothing of the model, of its metrics or of the random numbers is changed
+    by measuring. After the fit, the content of ``report.json`` is also in the attribute ``figures``.
 
     Latency is the median time of a forward of the LightningModule in eval mode, at batch 1 and 64, on the inputs of
     ``example_input_array``, else on what the forward receives in the sanity check, else in the first training batch.
@@ -71,8 +80,10 @@ class CompressionReport(Callback):
     Args:
         dir: The folder for the files; by default the logger's folder, ``trainer.log_dir``.
         latency: Whether to measure latency.
-        plots: Whether to draw ``report.png``. Needs matplotlib (``pip install "lightning-compress[plots]"``): where it
-            is missing the picture is left out, and the table says so.
+        plots: Whether to write ``report.html`` and ``report.png``, and to give the pictures to loggers that take some
+            (TensorBoard's, and those with ``log_image``). Pictures need matplotlib
+            (``pip install "lightning-compress[plots]"``): where it is missing the page has the tables alone, and the
+            table says so.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -177,7 +188,7 @@ class CompressionReport(Callback):
     # --- after training -----------------------------------------------------------------------------------------------
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the trained model, and report; this comes after every callback's ``on_train_end``."""
+        """Measure the trained model; this comes after every callback's ``on_train_end``."""
         run = self._running
         techniques = [_facts(technique) for technique in registry.techniques(pl_module)]
         counts = measure.count_parameters(pl_module)
@@ -188,7 +199,7 @@ class CompressionReport(Callback):
         if not trainer.is_global_zero:
             return
 
-        zero_rows = measure.zero_rows(pl_module)
+        zero_rows, histograms = measure.zero_rows(pl_module), self._histograms(pl_module, techniques)
         figures: dict[str, Any] = {
             "schema": SCHEMA,
             "module": _name(pl_module),
@@ -201,7 +212,11 @@ class CompressionReport(Callback):
             "totals": _totals(counts, sparsity, techniques),
             "before": {key: self._before.get(key) for key in ("parameters", "nonzero", "bytes")},
             "techniques": [_summary(technique, counts) for technique in techniques],
-            "parameters": [_row(count, techniques) | {"zero_rows": zero_rows.get(count.name, [])} for count in counts],
+            "parameters": [
+                _row(count, techniques)
+                | {"zero_rows": zero_rows.get(count.name, []), "histogram": histograms.get(count.name)}
+                for count in counts
+            ],
             "run": self._run_figures(trainer, pl_module),
             "metrics": _metrics(trainer),
             "size": self._size_figures(trainer, pl_module),
@@ -211,20 +226,16 @@ class CompressionReport(Callback):
             "checkpoints": list(_checkpoints(trainer, pl_module, counts, techniques, sparsity)),
             "history": self._history,
         }
-        figures = measure.plain_value(figures)
-        figures["notes"] = measure.verdict(figures)
-        if run.is_sharded and not any(hasattr(parameter, "full_tensor") for parameter in pl_module.parameters()):
-            figures["notes"].append(
-                f"{type(trainer.strategy).__name__} shards the model: only rank 0's part was counted."
-            )
-        self._publish(trainer, run.dir, figures)
+        run.figures = figures
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hooks behind."""
         self._end_run()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no hooks behind."""
+        """Report: by now the callbacks that export have written their files, wherever they stand in the list."""
+        if self._run is not None and self._run.figures is not None:
+            self._publish(trainer, pl_module, self._run.figures)
         self._end_run()
 
     def _end_run(self) -> None:
@@ -232,24 +243,36 @@ class CompressionReport(Callback):
             self._run.capture.remove()
         self._run = None
 
-    def _publish(self, trainer: Trainer, directory: str, figures: dict[str, Any]) -> None:
+    def _publish(self, trainer: Trainer, pl_module: LightningModule, figures: dict[str, Any]) -> None:
+        run = self._running
+        module = None if run.inputs is None else pl_module.get_submodule(run.inputs_of)
+        figures["exported"] = exported_figures(_exported_files(trainer), module, run.inputs)
+        figures = measure.plain_value(figures)
+        figures["notes"] = measure.verdict(figures)
+        if run.is_sharded and not any(hasattr(parameter, "full_tensor") for parameter in pl_module.parameters()):
+            figures["notes"].append(
+                f"{type(trainer.strategy).__name__} shards the model: only rank 0's part was counted."
+            )
         self.figures = figures
-        picture = None
+        drawings, contents = {}, {}
         if self.plots:
             try:
-                picture = plots.picture(figures)
+                drawings = plots.drawings(figures)
+                contents["report.png"] = plots.picture(figures)
             except ImportError:
-                figures["notes"].append(
-                    'The plots were left out: matplotlib is not installed (pip install "lightning-compress[plots]").'
-                )
-        json_path, png_path = os.path.join(directory, "report.json"), os.path.join(directory, "report.png")
-        figures["files"] = [json_path] if picture is None else [json_path, png_path]
-        if picture is not None:
-            _write(png_path, picture)
-        _write(json_path, (json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+                figures["notes"].append(f"The plots were left out: matplotlib is not installed ({plots.INSTALL}).")
+            contents["report.html"] = b""  # made below: it says which files there are
+        paths = {name: os.path.join(run.dir, name) for name in ("report.json", *contents)}
+        figures["files"] = list(paths.values())
+        if self.plots:
+            contents["report.html"] = report_page(figures, drawings).encode()
+        contents["report.json"] = (json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        for name, content in contents.items():
+            _write(paths[name], content)
         for logger in trainer.loggers:
             logger.log_metrics(_log_entries(figures), step=trainer.global_step)
-        plots.print_table(figures)
+            _show(logger, drawings, trainer.global_step)
+        table.print_table(figures)
 
     # --- figures ------------------------------------------------------------------------------------------------------
 
@@ -266,6 +289,18 @@ class CompressionReport(Callback):
                 "metrics": _metrics(trainer),
             }
         )
+
+    def _histograms(self, pl_module: LightningModule, techniques: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if self._running.is_sharded:
+            return {}
+        compressed = {name for technique in techniques for name in technique["layers"]}
+        return {
+            clean_name(name): measure.histogram(parameter)
+            for name, parameter in pl_module.named_parameters()
+            if not isinstance(parameter, nn.parameter.UninitializedParameter)
+            and parameter.is_floating_point()
+            and (parameter.dim() > 1 or clean_name(name) in compressed)
+        }
 
     def _run_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         run, median = self._running, self._running.steps.median()
@@ -470,6 +505,7 @@ def _facts(technique: registry.Technique) -> dict[str, Any]:
         "stage": technique.stage(),
         "summary": technique.summary(),
         "skipped": dict(getattr(technique, "skipped", {})),
+        "events": [dict(event) for event in getattr(technique, "events", [])],
         "layers": {name: dict(facts) for name, facts in technique.layers().items()},
     }
 
@@ -513,7 +549,7 @@ def _summary(technique: Mapping[str, Any], counts: Sequence[ParameterCount]) -> 
     claimed = _named(counts, technique["layers"])
     zeros, total = _zeros_and_total(claimed)
     return {
-        **{key: technique[key] for key in ("technique", "callback", "stage", "summary", "skipped")},
+        **{key: technique[key] for key in ("technique", "callback", "stage", "summary", "skipped", "events")},
         "layers": len(claimed),
         "parameters": total,
         "zeros": zeros,
@@ -585,6 +621,25 @@ def _has_begun(technique: registry.Technique, checkpoint: Mapping[str, Any]) -> 
     """Return whether a technique had begun when a checkpoint was written, ``None`` where it shows in the weights."""
     has_begun = getattr(technique, "has_begun_in", None)
     return None if has_begun is None else has_begun(checkpoint)
+
+
+def _exported_files(trainer: Trainer) -> list[Any]:
+    """Return what the trainer's callbacks say of files that they have exported; see ``ExportedFile``."""
+    files = [file for callback in callbacks(trainer) for file in getattr(callback, "files", None) or ()]
+    return [file for file in files if all(hasattr(file, name) for name in ("format", "path", "bytes", "agrees"))]
+
+
+def _show(logger: Logger, drawings: Mapping[str, Figure], step: int) -> None:
+    """Give the pictures to a logger that takes some: TensorBoard's, and those with ``log_image``, as Wandb's."""
+    try:
+        add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
+        for name, figure in drawings.items():
+            if callable(add_image):
+                add_image(f"compress/{name}", plots.pixels(figure), step, dataformats="HWC")
+            elif callable(log_image := getattr(logger, "log_image", None)):
+                log_image(key=f"compress/{name}", images=[plots.pixels(figure)], step=step)
+    except Exception as error:  # whatever a logger's own packages raise: a picture must not end a training
+        rank_zero_warn(f"CompressionReport: {type(logger).__name__} took no pictures: {type(error).__name__}: {error}")
 
 
 def _log_entries(figures: Mapping[str, Any]) -> dict[str, float]:
