@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import lightning_compress
 from lightning_compress import registry
 from lightning_compress.example_inputs import ExampleInputs, InputCapture, is_compiled
+from lightning_compress.export.files import write_whole
 from lightning_compress.modules import clean_name
 from lightning_compress.pruning.removal import profile
 from lightning_compress.report import measure, plots, table
@@ -694,18 +695,10 @@ def _unknown_inputs(pl_module: LightningModule, why: str = "") -> str:
 
 def _write(path: str, content: bytes) -> None:
     """Write a file that is whole or not there."""
-    directory = os.path.dirname(path)
-    filesystem = get_filesystem(path)
-    filesystem.makedirs(directory, exist_ok=True)
     if "://" in path:
+        filesystem = get_filesystem(path)
+        filesystem.makedirs(os.path.dirname(path), exist_ok=True)
         with filesystem.open(path, "wb") as file:  # an object store shows a file when it is whole
             file.write(content)
         return
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    write_whole(path, lambda temporary: temporary.write_bytes(content))

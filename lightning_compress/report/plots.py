@@ -42,7 +42,7 @@ def drawings(figures: Mapping[str, Any]) -> dict[str, Figure]:
         ImportError: Without matplotlib.
     """
     found = {}
-    with _literal_text():
+    with literal_text():
         panels = _panels(figures)
         if panels:
             found["history"] = figure = new_figure(7.2, 0.6 + 1.9 * len(panels))
@@ -66,7 +66,7 @@ def picture(figures: Mapping[str, Any]) -> bytes:
     Raises:
         ImportError: Without matplotlib.
     """
-    with _literal_text():
+    with literal_text():
         layers, title = _layers(figures)
         panels, groups = _panels(figures), _groups(figures)
         rows = sum(len(bars) + 1 for _, bars in groups)
@@ -146,7 +146,7 @@ def svg(figure: Figure, name: str) -> str:
 
 
 @contextmanager
-def _literal_text() -> Iterator[None]:
+def literal_text() -> Iterator[None]:
     """Take a ``$`` in a name for what it is, not for mathematics."""
     import matplotlib
 

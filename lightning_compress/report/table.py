@@ -11,6 +11,7 @@ from lightning_compress.example_inputs import spell_shape
 from lightning_compress.report.measure import share, spell_bytes, spell_milliseconds
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 _ROWS = 20  # layers in the table; all of them are in the file
@@ -19,12 +20,15 @@ _WIDTH = 100  # columns of the table where the terminal does not say
 
 def print_table(figures: Mapping[str, Any]) -> None:
     """Print the table."""
+    wide_console().print(table(figures))
+
+
+def wide_console() -> Console:
+    """Return a console that is wide enough for a table where there is no terminal."""
     from rich.console import Console
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(_WIDTH, console.width))
-    console.print(table(figures))
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(width=max(_WIDTH, console.width), highlight=False)
 
 
 def table(figures: Mapping[str, Any]) -> Table:
