@@ -32,6 +32,7 @@ from lightning_compress.report.exported import exported_figures
 from lightning_compress.report.measure import ParameterCount, StepTimes
 from lightning_compress.report.page import report_page
 from lightning_compress.report.similarity import layer_grams, similarities
+from lightning_compress.report.work import multiply_adds
 from lightning_compress.training import callbacks, is_sharded, own_metrics, plain, run_length, steps_done
 
 if TYPE_CHECKING:
@@ -222,6 +223,7 @@ class CompressionReport(Callback):
             "metrics": _metrics(trainer),
             "size": self._size_figures(trainer, pl_module),
             "latency": self._latency_figures(trainer, pl_module),
+            "multiply_adds": self._work_figures(trainer, pl_module),
             "removed": self._removed_figures(trainer, pl_module),
             "similarity": self._similarity_figures(trainer, pl_module),
             "checkpoints": list(_checkpoints(trainer, pl_module, counts, techniques, sparsity)),
@@ -354,6 +356,17 @@ class CompressionReport(Callback):
             "after": after,
         }
 
+    def _work_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int] | None:
+        run = self._running
+        if run.inputs is None or run.is_sharded:
+            return None
+        try:
+            with self._evaluating(trainer, pl_module, run.inputs.resized(1)) as (module, own):
+                total, nonzero = multiply_adds(module, own)
+        except Exception:  # whatever a model raises: the report says so where it tells of latency
+            return None
+        return {"total": total, "nonzero": nonzero}
+
     def _removed_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] | None:
         """Compare the masked model with the one from which its channels or heads are cut out."""
         smaller = registry.smaller_module(pl_module)
@@ -442,12 +455,19 @@ class CompressionReport(Callback):
 
     def _grams(self, trainer: Trainer, pl_module: LightningModule, inputs: ExampleInputs) -> dict[str, Tensor]:
         prefix = f"{self._running.inputs_of}." if self._running.inputs_of else ""
+        with self._evaluating(trainer, pl_module, inputs) as (module, own):
+            return {prefix + name: matrix for name, matrix in layer_grams(module, own).items()}
+
+    @contextmanager
+    def _evaluating(
+        self, trainer: Trainer, pl_module: LightningModule, inputs: ExampleInputs
+    ) -> Iterator[tuple[nn.Module, ExampleInputs]]:
         with self._at_hand(trainer, pl_module, inputs) as (module, own), measure.preserved(module):
             modes = [(child, child.training) for child in module.modules()]
             module.eval()
             try:
                 with trainer.precision_plugin.forward_context():
-                    return {prefix + name: matrix for name, matrix in layer_grams(module, own).items()}
+                    yield module, own
             finally:
                 for child, mode in modes:
                     child.training = mode

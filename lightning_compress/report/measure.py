@@ -537,6 +537,12 @@ def verdict(figures: Mapping[str, Any]) -> list[str]:
                 f"{spell_bytes(size['bytes'])}"
             )
         sentences.append(f"{sentence}.")
+        work = figures.get("multiply_adds")
+        if work and 0 < work["nonzero"] < 0.99 * work["total"]:
+            sentences.append(
+                f"What only could be: {work['nonzero']:,} of {work['total']:,} multiply-adds have a weight that is not "
+                f"zero, so a runtime that left out all others would need {work['total'] / work['nonzero']:.3g} × fewer."
+            )
     elif removed <= 0 and not figures.get("techniques"):
         sentences.append("Nothing was compressed: no technique acted on this model.")
     bits = sorted({facts["bits"] for row in rows for facts in row["techniques"].values() if facts.get("bits", 32) < 32})

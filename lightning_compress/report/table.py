@@ -139,6 +139,11 @@ def prices(figures: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     for batch in dict.fromkeys([*times["before"], *times["after"]]):
         first, last = (latency_cell(times[moment].get(batch)) for moment in ("before", "after"))
         rows.append((f"forward, batch {batch}", first, last, f"median, {spell_place(latency)}"))
+    if work := figures.get("multiply_adds"):
+        fewer = (
+            "" if work["nonzero"] == work["total"] else f"{work['nonzero']:,} of them with a weight that is not zero"
+        )
+        rows.append(("multiply-adds, batch 1", "", f"{work['total']:,}", fewer))
     for file in figures.get("exported") or []:
         name = os.path.basename(file["path"])
         metrics = [f"{metric} {value:.4g}" for metric, value in file["metrics"].items() if value is not None]

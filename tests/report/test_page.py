@@ -21,7 +21,9 @@ from lightning_compress import (
     GradualPruning,
     QuantizationAwareTraining,
 )
+from lightning_compress.example_inputs import ExampleInputs
 from lightning_compress.report.measure import histogram
+from lightning_compress.report.work import multiply_adds
 from tests.helpers import Net, StatefulLoader, held_out, seeded, trainer
 
 
@@ -246,10 +248,35 @@ def test_a_file_that_was_not_left_is_not_reported(tmp_path: Path) -> None:
 
 
 def test_a_file_that_onnxruntime_cannot_run_says_why(tmp_path: Path) -> None:
-    from lightning_compress.example_inputs import ExampleInputs
     from lightning_compress.report.exported import onnx_latencies
 
     pytest.importorskip("onnxruntime")
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     found = onnx_latencies(tmp_path / "model.onnx", nn.Linear(2, 2), ExampleInputs((torch.zeros(3, 2),)))
     assert all(measured["ms"] is None and "Protobuf" in measured["left_out"] for measured in found.values())
+
+
+# What there is to compute
+
+
+def test_multiply_adds_are_those_of_one_row_and_of_the_weights_that_are_left(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    report = CompressionReport(str(tmp_path), plots=False)
+    trainer(tmp_path, [GradualPruning(0.75), report], max_epochs=1).fit(seeded(Net), StatefulLoader(), held_out())
+    assert report.figures is not None
+    weights = [row for row in report.figures["parameters"] if len(row["shape"]) > 1]
+    total, zeros = (sum(row[key] for row in weights) for key in ("total", "zeros"))
+    assert report.figures["multiply_adds"] == {"total": total, "nonzero": total - zeros}
+    assert f"{total - zeros:,} of {total:,} multiply-adds have a weight" in " ".join(report.figures["notes"])
+
+
+def test_multiply_adds_of_a_convolution_are_those_of_a_loop() -> None:
+    conv = nn.Conv2d(4, 6, 3, padding=1, stride=2, groups=2)
+    with torch.no_grad():
+        conv.weight[::2] = 0.0
+    inputs = torch.zeros(2, 4, 5, 7)
+    batch, channels, height, width = conv(inputs).shape
+    each = conv.weight[0].numel()
+    work = sum(each for _ in range(batch * channels * height * width))
+    assert multiply_adds(conv, ExampleInputs((inputs,))) == (work, work // 2)
+    assert not conv._forward_hooks
