@@ -76,7 +76,7 @@ def paragraph(text: str) -> str:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[Cell]], numbers: Iterable[str] = ()) -> str:
-    """Return a table of plain text; ``""`` without a row.
+    """Return a table of plain text, without the columns that are empty; ``""`` without a row.
 
     Args:
         headings: One for each column.
@@ -85,23 +85,23 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[Cell]], numbers: Iter
 
     Example::
 
-        >>> print(table(["a", "b"], [["<i>", 2]], numbers=["b"]))
+        >>> print(table(["a", "b", "c"], [["<i>", 2, None]], numbers=["b"]))
         <table>
         <tr><th>a</th><th class="number">b</th></tr>
         <tr><td>&lt;i&gt;</td><td class="number">2</td></tr>
         </table>
     """
-    numbers = set(numbers)
-    kinds = [' class="number"' if heading in numbers else "" for heading in headings]
-
-    def line(tag: str, cells: Sequence[Cell]) -> str:
+    rows, numbers = [tuple(row) for row in rows], set(numbers)
+    columns = [
+        column for column in zip(headings, *rows, strict=True) if any(cell not in (None, "") for cell in column[1:])
+    ]
+    kinds = [' class="number"' if column[0] in numbers else "" for column in columns]
+    lines = []
+    for index, cells in enumerate(zip(*columns, strict=True)):
+        tag = "td" if index else "th"
         texts = ["" if cell is None else escape(str(cell)) for cell in cells]
-        return (
-            "<tr>" + "".join(f"<{tag}{kind}>{text}</{tag}>" for kind, text in zip(kinds, texts, strict=True)) + "</tr>"
-        )
-
-    body = [line("td", row) for row in rows]
-    return "\n".join(["<table>", line("th", headings), *body, "</table>"]) if body else ""
+        lines.append("".join(f"<{tag}{kind}>{text}</{tag}>" for kind, text in zip(kinds, texts, strict=True)))
+    return "\n".join(["<table>", *(f"<tr>{line}</tr>" for line in lines), "</table>"]) if rows else ""
 
 
 def report_page(figures: Mapping[str, Any], drawings: Mapping[str, Figure]) -> str:

@@ -313,7 +313,7 @@ def _groups(figures: Mapping[str, Any]) -> list[_Group]:
 def _spell_prices(figures: Mapping[str, Any]) -> str:
     if not any(figures["latency"][moment] for moment in ("before", "after")):
         return "Size on disk"
-    return f"Forward latency, median ({spell_place(figures['latency'])}), and size on disk"
+    return f"Latency, median ({spell_place(figures['latency'])}), and size"
 
 
 def _draw_groups(axes: Axes, groups: Sequence[_Group], title: str) -> None:
