@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from lightning_compress.export.files import write_whole
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pareto.png needs matplotlib, which is not installed: {INSTALL}", file=sys.stderr)
     written["pareto.html"] = pareto.pareto_page(comparison, figures).encode()
     for name, content in written.items():
-        write_whole(options.output / name, lambda path, content=content: path.write_bytes(content))
+        write_whole(options.output / name, partial(Path.write_bytes, data=content))
     console.print(f"Written: {', '.join(str(options.output / name) for name in written)}", markup=False)
     return status
 

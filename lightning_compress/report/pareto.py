@@ -286,7 +286,7 @@ def _overrides(path: Path) -> list[str]:
     for folder in path.absolute().parents:
         file = folder / ".hydra" / "overrides.yaml"
         if file.exists():
-            import yaml
+            import yaml  # type: ignore[import-untyped]
 
             return [str(override) for override in yaml.safe_load(file.read_text(encoding="utf-8")) or []]
     return []

@@ -46,7 +46,7 @@ def drawings(figures: Mapping[str, Any]) -> dict[str, Figure]:
         panels = _panels(figures)
         if panels:
             found["history"] = figure = new_figure(7.2, 0.6 + 1.9 * len(panels))
-            _draw_history(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels, figures)
+            _draw_history(list(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]), panels, figures)
         groups = _groups(figures)
         if groups:
             found["prices"] = figure = new_figure(7.2, 0.7 + 0.25 * sum(len(bars) + 1 for _, bars in groups))
@@ -73,7 +73,7 @@ def picture(figures: Mapping[str, Any]) -> bytes:
         figure = new_figure(11.0, max(5.2, 1.6 + 0.24 * (len(layers) + rows)))
         left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1.0), wspace=0.03)  # type: ignore[misc]
         figure.suptitle(headline(figures), fontsize=13, fontweight="bold", color=COLOURS["ink"], x=0.016, ha="left")
-        _draw_history(left.subplots(max(len(panels), 1), 1, sharex=True, squeeze=False)[:, 0], panels, figures)
+        _draw_history(list(left.subplots(max(len(panels), 1), 1, sharex=True, squeeze=False)[:, 0]), panels, figures)
         if groups:
             bars, prices = right.subplots(2, 1, height_ratios=(max(len(layers), 3), max(rows, 3)))
             _draw_groups(prices, groups, _spell_prices(figures))
