@@ -257,21 +257,19 @@ class CompressionReport(Callback):
                 f"{type(trainer.strategy).__name__} shards the model: only rank 0's part was counted."
             )
         self.figures = figures
-        drawings, contents = {}, {}
+        drawings, picture = {}, None
         if self.plots:
             try:
-                drawings = plots.drawings(figures)
-                contents["report.png"] = plots.picture(figures)
+                drawings, picture = plots.drawings(figures), plots.picture(figures)
             except ImportError:
                 figures["notes"].append(f"The plots were left out: matplotlib is not installed ({plots.INSTALL}).")
-            contents["report.html"] = b""  # made below: it says which files there are
-        paths = {name: os.path.join(run.dir, name) for name in ("report.json", *contents)}
-        figures["files"] = list(paths.values())
+        json_path, png_path, html_path = (os.path.join(run.dir, f"report.{kind}") for kind in ("json", "png", "html"))
+        figures["files"] = [json_path, *[png_path] * (picture is not None), *[html_path] * self.plots]
+        if picture is not None:
+            _write(png_path, picture)
         if self.plots:
-            contents["report.html"] = report_page(figures, drawings).encode()
-        contents["report.json"] = (json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
-        for name, content in contents.items():
-            _write(paths[name], content)
+            _write(html_path, report_page(figures, drawings).encode())
+        _write(json_path, (json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
         for logger in trainer.loggers:
             logger.log_metrics(_log_entries(figures), step=trainer.global_step)
             _show(logger, drawings, trainer.global_step)
