@@ -73,7 +73,7 @@ class Run:
     Args:
         label: What tells it from the others.
         path: Its ``report.json``.
-        metric: The metric's value at the end of the run.
+        metric: The metric's value at the end of the run; that of the file, where the export compared the two.
         bytes: Of its file; ``None`` where it is not known.
         latency: For batch ``"1"`` and ``"64"`` what ``report.json`` has: `ms`, and `unsure` or `left_out`.
         sparsity: Of what was made sparse; ``None`` where nothing was.
@@ -169,11 +169,11 @@ def compare(
     format = _format(reports, format)
     labels, notes, runs = _labels(list(reports)), [], []
     for path, figures in reports.items():
-        value = figures["metrics"][name]
+        size, latency, of_the_file = _weighed(figures, format)
+        value = of_the_file.get(name, figures["metrics"][name])
         if value is None:
             notes.append(f"Left out: {labels[path]} ({name} is no finite number).")
             continue
-        size, latency = _costs(figures, format)
         bits = [f["bits"] for row in figures["parameters"] for f in row["techniques"].values() if f.get("bits")]
         sparsity = figures["totals"]["claimed_sparsity"]
         runs.append(Run(labels[path], path, value, size, latency, sparsity, min(bits, default=None)))
@@ -227,15 +227,16 @@ def _list(paths: Sequence[str]) -> str:
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
-def _costs(figures: Mapping[str, Any], format: str) -> tuple[int | None, Mapping[str, Mapping[str, Any]]]:
-    size, latency = figures["size"]["bytes"], figures["latency"]["after"]
-    if cut := figures.get("removed"):
-        size, latency = cut["cut"]["bytes"], cut["cut"]["latency"]
+def _weighed(
+    figures: Mapping[str, Any], format: str
+) -> tuple[int | None, Mapping[str, Mapping[str, Any]], Mapping[str, float]]:
+    """Return bytes, latency and the metrics of its own that a file has, if an export compared some."""
+    cut = (figures.get("removed") or {}).get("cut")
+    size, latency = (cut["bytes"], cut["latency"]) if cut else (figures["size"]["bytes"], figures["latency"]["after"])
     for file in figures.get("exported") or []:
         if file["format"] == format:
-            size, latency = file["bytes"], file["latency"] if format == "onnx" else latency
-            break
-    return size, latency or {}
+            return file["bytes"], (file["latency"] if format == "onnx" else latency) or {}, file["metrics"]
+    return size, latency or {}, {}
 
 
 def _place(latency: Mapping[str, Any], format: str) -> str:

@@ -52,7 +52,8 @@ def write(folder: Path, figures: dict[str, Any], overrides: list[str] | None = N
 def exported(size: int, ms: float) -> list[dict[str, Any]]:
     latency = {batch: {"ms": ms, "fastest_ms": ms, "repeats": 9, "unsure": False} for batch in ("1", "64")}
     onnx = {"format": "onnx", "path": "model.onnx", "bytes": size, "metrics": {}, "latency": latency}
-    return [onnx, {**onnx, "format": "safetensors", "path": "model.safetensors", "bytes": size // 2, "latency": None}]
+    packed = {"format": "safetensors", "path": "model.safetensors", "bytes": size // 2, "latency": None}
+    return [onnx, {**onnx, **packed, "metrics": {"score": 0.125}}]
 
 
 # The front
@@ -140,6 +141,7 @@ def test_the_file_that_all_runs_have_is_weighed(tmp_path: Path, figures: dict[st
         [figures["size"]["bytes"]] * 3,
     ]
     assert weighed[0].runs[0].cost("64") == 2.0
+    assert [weighed[0].runs[0].metric, weighed[1].runs[0].metric] == [figures["metrics"]["score"], 0.125]
     assert weighed[1].runs[0].cost("64") == figures["latency"]["after"]["64"]["ms"]
     assert (weighed[0].place, weighed[1].place) == ("onnxruntime, cpu, 1 thread", "PyTorch, cpu, 1 thread")
     with pytest.raises(ValueError, match=r"no exported onnx file in .*b/csv/report.json, .*: add ExportCompressed"):
