@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -460,7 +460,13 @@ class CompressionReport(Callback):
     def _evaluating(
         self, trainer: Trainer, pl_module: LightningModule, inputs: ExampleInputs
     ) -> Iterator[tuple[nn.Module, ExampleInputs]]:
-        with self._at_hand(trainer, pl_module, inputs) as (module, own), measure.preserved(module):
+        with (
+            self._at_hand(trainer, pl_module, inputs) as (module, own),
+            measure.preserved(module),
+            ExitStack() as stack,
+        ):
+            if any(is_compiled(child) for child in module.modules()):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))  # hooks would have it compiled anew
             modes = [(child, child.training) for child in module.modules()]
             module.eval()
             try:
