@@ -275,6 +275,7 @@ class AccuracyGuard(Callback):
             pl_module.log(
                 "compress/held",
                 float(self._state.is_held),
+                prog_bar=True,
                 on_step=False,
                 on_epoch=True,
                 batch_size=1,

@@ -102,6 +102,15 @@ class ExportCompressed(Callback):
         if sum(other.dir.absolute() == self.dir.absolute() for other in alike) > 1:
             raise ValueError(f"Two ExportCompressed callbacks write into '{self.dir}': give one of them another `dir`.")
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what will be written."""
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by its callback connector
+            checked = ", each compared with the model in its own runtime" if self.verify else ""
+            rank_zero_info(
+                f"ExportCompressed: {type(pl_module).__name__} as {', '.join(self.formats)} to {self.dir} when the fit "
+                f"ends{checked}."
+            )
+
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:

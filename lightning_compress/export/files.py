@@ -67,7 +67,7 @@ def silence() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def write_whole(path: str | os.PathLike[str], write: Callable[[Path], None]) -> Path:
+def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
     """Write a file under a temporary name and put it in its place: what is there is whole, also after a crash.
 
     Example::

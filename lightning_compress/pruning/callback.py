@@ -710,6 +710,7 @@ class GradualPruning(Callback):
         pl_module.log(
             f"compress/sparsity{registry.suffix(pl_module, self)}",
             value.float(),
+            prog_bar=True,
             on_step=on_step,
             on_epoch=on_epoch,
             batch_size=1,

@@ -306,7 +306,7 @@ def profile(module: nn.Module, example_inputs: Any) -> Profile:
 
     def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         nonlocal total
-        total += _multiply_adds(layer, [*args, *kwargs.values()], out)
+        total += layer_multiply_adds(layer, [*args, *kwargs.values()], out)
 
     widths = {}
     for name, layer in channel_layers(module):
@@ -347,7 +347,19 @@ def removal_report(before: Profile, after: Profile) -> str:
     return "\n".join(lines + [f"{name:{wide}}  {old:,} -> {new:,}" for name, old, new in cut_layers])
 
 
-def _multiply_adds(layer: nn.Module, args: Sequence[Any], out: Any) -> int:
+def layer_multiply_adds(layer: nn.Module, args: Sequence[Any], out: Any) -> int:
+    """Return how many multiplications a layer's forward needs; 0 for what is neither linear, convolution nor attention.
+
+    Args:
+        layer: The layer.
+        args: What its forward was called with, keywords last.
+        out: What it returned.
+
+    Example::
+
+        >>> layer_multiply_adds(nn.Linear(4, 2), [torch.zeros(3, 4)], torch.zeros(3, 2))
+        24
+    """
     if isinstance(layer, nn.Linear):
         return out.numel() * layer.in_features
     if isinstance(layer, nn.modules.conv._ConvNd):

@@ -263,6 +263,7 @@ class QuantizationAwareTraining(Callback):
             insertion.forget()
             insertion.switch(True)
             self._is_on = True
+            self._log(trainer, pl_module, is_epoch=False)  # the progress bar shows it at once
         if self._is_on:
             insertion.freeze_norms(step >= freeze_norms)
             if step >= freeze and self._frozen is None:
@@ -356,12 +357,18 @@ class QuantizationAwareTraining(Callback):
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _log(self, trainer: Trainer, pl_module: LightningModule, is_epoch: bool = True) -> None:
         if trainer.barebones:
             return
-        value = float(self.weight_bits if self._is_on else 32)
-        name = f"compress/weight_bits{registry.suffix(pl_module, self)}"
-        pl_module.log(name, value, on_step=False, on_epoch=True, batch_size=1, reduce_fx="min")
+        pl_module.log(
+            f"compress/weight_bits{registry.suffix(pl_module, self)}",
+            float(self.weight_bits if self._is_on else 32),
+            prog_bar=True,
+            on_step=not is_epoch,
+            on_epoch=is_epoch,
+            batch_size=1,
+            reduce_fx="min",
+        )
 
     # --- after training -----------------------------------------------------------------------------------------------
 

@@ -8,25 +8,35 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 import lightning_compress
 from lightning_compress import registry
 from lightning_compress.example_inputs import ExampleInputs, InputCapture, is_compiled
+from lightning_compress.export.files import write_whole
+from lightning_compress.modules import clean_name
 from lightning_compress.pruning.removal import profile
-from lightning_compress.report import measure, plots
+from lightning_compress.report import measure, plots, table
+from lightning_compress.report.exported import exported_figures
 from lightning_compress.report.measure import ParameterCount, StepTimes
+from lightning_compress.report.page import report_page
 from lightning_compress.report.similarity import layer_grams, similarities
+from lightning_compress.report.work import multiply_adds
 from lightning_compress.training import callbacks, is_sharded, own_metrics, plain, run_length, steps_done
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SCHEMA = 1
 """The version of the layout of ``report.json``: keys are added without a new one, none is renamed or removed."""
@@ -45,6 +55,7 @@ class _Run:
     is_sharded: bool
     steps: StepTimes = field(default_factory=StepTimes)
     step_started: float | None = None
+    figures: dict[str, Any] | None = None
     planned_steps: int | None = None
     capture: InputCapture | None = None
     inputs: ExampleInputs | None = None
@@ -54,13 +65,14 @@ class _Run:
 
 
 class CompressionReport(Callback):
-    """Say what was compressed, by how much and at what price: a table, ``report.json``, loggers and a picture.
+    """Say what was compressed, by how much and at what price: a table, ``report.json``, a page, loggers and pictures.
 
-    All of it is written at the end of ``fit``, by rank zero: the sparsity of every parameter and of what each technique
-    claims, the last metrics, the size on disk, the time of a training step, the latency of the model before and after,
-    and the sparsity of the file that ``ModelCheckpoint`` calls the best. The keys are documented in ``docs/report.md``.
-    Nothing of the model, of its metrics or of the random numbers is changed by measuring. After the fit, the content of
-    ``report.json`` is also in the attribute ``figures``.
+    All of it is measured at the end of ``fit`` and written in ``teardown``, by rank zero: the sparsity of every
+    parameter and of what each technique claims, the last metrics, the size on disk, the time of a training step, the
+    latency of the model before and after, the sparsity of the file that ``ModelCheckpoint`` calls the best, and bytes
+    and latency of the files that ``ExportCompressed`` has written, wherever it stands in the list of callbacks. The
+    keys are documented in ``docs/report.md``. Nothing of the model, of its metrics or of the random numbers is changed
+    by measuring. After the fit, the content of ``report.json`` is also in the attribute ``figures``.
 
     Latency is the median time of a forward of the LightningModule in eval mode, at batch 1 and 64, on the inputs of
     ``example_input_array``, else on what the forward receives in the sanity check, else in the first training batch.
@@ -70,8 +82,10 @@ class CompressionReport(Callback):
     Args:
         dir: The folder for the files; by default the logger's folder, ``trainer.log_dir``.
         latency: Whether to measure latency.
-        plots: Whether to draw ``report.png``. Needs matplotlib (``pip install "lightning-compress[plots]"``): where it
-            is missing the picture is left out, and the table says so.
+        plots: Whether to write ``report.html`` and ``report.png``, and to give the pictures to loggers that take some
+            (TensorBoard's, and those with ``log_image``). Pictures need matplotlib
+            (``pip install "lightning-compress[plots]"``): where it is missing the page has the tables alone, and the
+            table says so.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -138,8 +152,11 @@ class CompressionReport(Callback):
         self._take_captured(trainer, pl_module, "the sanity check", is_last_chance=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask how long the run is; watch the first training batch if there was no sanity check."""
-        self._running.planned_steps = run_length(trainer).steps
+        """Say what will be measured; ask how long the run is; watch the first batch if there was no sanity check."""
+        run = self._running
+        run.planned_steps = run_length(trainer).steps
+        without = f", without latency ({run.left_out})" if run.left_out is not None else ""
+        rank_zero_info(f"CompressionReport: {_name(pl_module)} is measured when the fit ends{without}: {run.dir}.")
         self._watch(trainer, pl_module)
 
     # --- during training ----------------------------------------------------------------------------------------------
@@ -173,7 +190,7 @@ class CompressionReport(Callback):
     # --- after training -----------------------------------------------------------------------------------------------
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the trained model, and report; this comes after every callback's ``on_train_end``."""
+        """Measure the trained model; this comes after every callback's ``on_train_end``."""
         run = self._running
         techniques = [_facts(technique) for technique in registry.techniques(pl_module)]
         counts = measure.count_parameters(pl_module)
@@ -184,7 +201,7 @@ class CompressionReport(Callback):
         if not trainer.is_global_zero:
             return
 
-        zero_rows = measure.zero_rows(pl_module)
+        zero_rows, histograms = measure.zero_rows(pl_module), self._histograms(pl_module, techniques)
         figures: dict[str, Any] = {
             "schema": SCHEMA,
             "module": _name(pl_module),
@@ -197,30 +214,31 @@ class CompressionReport(Callback):
             "totals": _totals(counts, sparsity, techniques),
             "before": {key: self._before.get(key) for key in ("parameters", "nonzero", "bytes")},
             "techniques": [_summary(technique, counts) for technique in techniques],
-            "parameters": [_row(count, techniques) | {"zero_rows": zero_rows.get(count.name, [])} for count in counts],
+            "parameters": [
+                _row(count, techniques)
+                | {"zero_rows": zero_rows.get(count.name, []), "histogram": histograms.get(count.name)}
+                for count in counts
+            ],
             "run": self._run_figures(trainer, pl_module),
             "metrics": _metrics(trainer),
             "size": self._size_figures(trainer, pl_module),
             "latency": self._latency_figures(trainer, pl_module),
+            "multiply_adds": self._work_figures(trainer, pl_module),
             "removed": self._removed_figures(trainer, pl_module),
             "similarity": self._similarity_figures(trainer, pl_module),
             "checkpoints": list(_checkpoints(trainer, pl_module, counts, techniques, sparsity)),
             "history": self._history,
         }
-        figures = measure.plain_value(figures)
-        figures["notes"] = measure.verdict(figures)
-        if run.is_sharded and not any(hasattr(parameter, "full_tensor") for parameter in pl_module.parameters()):
-            figures["notes"].append(
-                f"{type(trainer.strategy).__name__} shards the model: only rank 0's part was counted."
-            )
-        self._publish(trainer, run.dir, figures)
+        run.figures = figures
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hooks behind."""
         self._end_run()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no hooks behind."""
+        """Report: by now the callbacks that export have written their files, wherever they stand in the list."""
+        if self._run is not None and self._run.figures is not None:
+            self._publish(trainer, pl_module, self._run.figures)
         self._end_run()
 
     def _end_run(self) -> None:
@@ -228,24 +246,34 @@ class CompressionReport(Callback):
             self._run.capture.remove()
         self._run = None
 
-    def _publish(self, trainer: Trainer, directory: str, figures: dict[str, Any]) -> None:
+    def _publish(self, trainer: Trainer, pl_module: LightningModule, figures: dict[str, Any]) -> None:
+        run = self._running
+        module = None if run.inputs is None else pl_module.get_submodule(run.inputs_of)
+        figures["exported"] = exported_figures(_exported_files(trainer), module, run.inputs)
+        figures = measure.plain_value(figures)
+        figures["notes"] = measure.verdict(figures)
+        if run.is_sharded and not any(hasattr(parameter, "full_tensor") for parameter in pl_module.parameters()):
+            figures["notes"].append(
+                f"{type(trainer.strategy).__name__} shards the model: only rank 0's part was counted."
+            )
         self.figures = figures
-        picture = None
+        drawings, picture = {}, None
         if self.plots:
             try:
-                picture = plots.picture(figures)
+                drawings, picture = plots.drawings(figures), plots.picture(figures)
             except ImportError:
-                figures["notes"].append(
-                    'The plots were left out: matplotlib is not installed (pip install "lightning-compress[plots]").'
-                )
-        json_path, png_path = os.path.join(directory, "report.json"), os.path.join(directory, "report.png")
-        figures["files"] = [json_path] if picture is None else [json_path, png_path]
+                figures["notes"].append(f"The plots were left out: matplotlib is not installed ({plots.INSTALL}).")
+        json_path, png_path, html_path = (os.path.join(run.dir, f"report.{kind}") for kind in ("json", "png", "html"))
+        figures["files"] = [json_path, *[png_path] * (picture is not None), *[html_path] * self.plots]
         if picture is not None:
             _write(png_path, picture)
+        if self.plots:
+            _write(html_path, report_page(figures, drawings).encode())
         _write(json_path, (json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
         for logger in trainer.loggers:
             logger.log_metrics(_log_entries(figures), step=trainer.global_step)
-        plots.print_table(figures)
+            _show(logger, drawings, trainer.global_step)
+        table.print_table(figures)
 
     # --- figures ------------------------------------------------------------------------------------------------------
 
@@ -262,6 +290,18 @@ class CompressionReport(Callback):
                 "metrics": _metrics(trainer),
             }
         )
+
+    def _histograms(self, pl_module: LightningModule, techniques: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if self._running.is_sharded:
+            return {}
+        compressed = {name for technique in techniques for name in technique["layers"]}
+        return {
+            clean_name(name): measure.histogram(parameter)
+            for name, parameter in pl_module.named_parameters()
+            if not isinstance(parameter, nn.parameter.UninitializedParameter)
+            and parameter.is_floating_point()
+            and (parameter.dim() > 1 or clean_name(name) in compressed)
+        }
 
     def _run_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         run, median = self._running, self._running.steps.median()
@@ -313,6 +353,17 @@ class CompressionReport(Callback):
             "before": self._before.get("latency"),
             "after": after,
         }
+
+    def _work_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int] | None:
+        run = self._running
+        if run.inputs is None or run.is_sharded:
+            return None
+        try:
+            with self._evaluating(trainer, pl_module, run.inputs.resized(1)) as (module, own):
+                total, nonzero = multiply_adds(module, own)
+        except Exception:  # whatever a model raises: the report says so where it tells of latency
+            return None
+        return {"total": total, "nonzero": nonzero}
 
     def _removed_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] | None:
         """Compare the masked model with the one from which its channels or heads are cut out."""
@@ -402,12 +453,25 @@ class CompressionReport(Callback):
 
     def _grams(self, trainer: Trainer, pl_module: LightningModule, inputs: ExampleInputs) -> dict[str, Tensor]:
         prefix = f"{self._running.inputs_of}." if self._running.inputs_of else ""
-        with self._at_hand(trainer, pl_module, inputs) as (module, own), measure.preserved(module):
+        with self._evaluating(trainer, pl_module, inputs) as (module, own):
+            return {prefix + name: matrix for name, matrix in layer_grams(module, own).items()}
+
+    @contextmanager
+    def _evaluating(
+        self, trainer: Trainer, pl_module: LightningModule, inputs: ExampleInputs
+    ) -> Iterator[tuple[nn.Module, ExampleInputs]]:
+        with (
+            self._at_hand(trainer, pl_module, inputs) as (module, own),
+            measure.preserved(module),
+            ExitStack() as stack,
+        ):
+            if any(is_compiled(child) for child in module.modules()):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))  # hooks would have it compiled anew
             modes = [(child, child.training) for child in module.modules()]
             module.eval()
             try:
                 with trainer.precision_plugin.forward_context():
-                    return {prefix + name: matrix for name, matrix in layer_grams(module, own).items()}
+                    yield module, own
             finally:
                 for child, mode in modes:
                     child.training = mode
@@ -466,6 +530,7 @@ def _facts(technique: registry.Technique) -> dict[str, Any]:
         "stage": technique.stage(),
         "summary": technique.summary(),
         "skipped": dict(getattr(technique, "skipped", {})),
+        "events": [dict(event) for event in getattr(technique, "events", [])],
         "layers": {name: dict(facts) for name, facts in technique.layers().items()},
     }
 
@@ -509,7 +574,7 @@ def _summary(technique: Mapping[str, Any], counts: Sequence[ParameterCount]) -> 
     claimed = _named(counts, technique["layers"])
     zeros, total = _zeros_and_total(claimed)
     return {
-        **{key: technique[key] for key in ("technique", "callback", "stage", "summary", "skipped")},
+        **{key: technique[key] for key in ("technique", "callback", "stage", "summary", "skipped", "events")},
         "layers": len(claimed),
         "parameters": total,
         "zeros": zeros,
@@ -583,6 +648,25 @@ def _has_begun(technique: registry.Technique, checkpoint: Mapping[str, Any]) -> 
     return None if has_begun is None else has_begun(checkpoint)
 
 
+def _exported_files(trainer: Trainer) -> list[Any]:
+    """Return what the trainer's callbacks say of files that they have exported; see ``ExportedFile``."""
+    files = [file for callback in callbacks(trainer) for file in getattr(callback, "files", None) or ()]
+    return [file for file in files if all(hasattr(file, name) for name in ("format", "path", "bytes", "agrees"))]
+
+
+def _show(logger: Logger, drawings: Mapping[str, Figure], step: int) -> None:
+    """Give the pictures to a logger that takes some: TensorBoard's, and those with ``log_image``, as Wandb's."""
+    try:
+        add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
+        for name, figure in drawings.items():
+            if callable(add_image):
+                add_image(f"compress/{name}", plots.pixels(figure), step, dataformats="HWC")
+            elif callable(log_image := getattr(logger, "log_image", None)):
+                log_image(key=f"compress/{name}", images=[plots.pixels(figure)], step=step)
+    except Exception as error:  # whatever a logger's own packages raise: a picture must not end a training
+        rank_zero_warn(f"CompressionReport: {type(logger).__name__} took no pictures: {type(error).__name__}: {error}")
+
+
 def _log_entries(figures: Mapping[str, Any]) -> dict[str, float]:
     """Return the figures for loggers.
 
@@ -635,18 +719,10 @@ def _unknown_inputs(pl_module: LightningModule, why: str = "") -> str:
 
 def _write(path: str, content: bytes) -> None:
     """Write a file that is whole or not there."""
-    directory = os.path.dirname(path)
-    filesystem = get_filesystem(path)
-    filesystem.makedirs(directory, exist_ok=True)
     if "://" in path:
+        filesystem = get_filesystem(path)
+        filesystem.makedirs(os.path.dirname(path), exist_ok=True)
         with filesystem.open(path, "wb") as file:  # an object store shows a file when it is whole
             file.write(content)
         return
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    write_whole(path, lambda temporary: temporary.write_bytes(content))

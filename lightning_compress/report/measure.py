@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import statistics
 import sys
@@ -146,6 +147,29 @@ def zero_rows(module: nn.Module) -> dict[str, list[int]]:
     return found
 
 
+@torch.no_grad()
+def histogram(values: Tensor, bins: int = 40) -> dict[str, Any] | None:
+    """Return how often which values occur in a tensor, zeros, NaN and infinities left out; ``None`` without any other.
+
+    The bins are equally wide and lie symmetrically around 0, so a gap in the middle is what pruning has left.
+
+    Args:
+        values: A tensor of any shape.
+        bins: Their number, an even one.
+
+    Example::
+
+        >>> histogram(Tensor([0.0, 0.0, 1.0, -4.0, 4.0]), bins=4)
+        {'limit': 4.0, 'counts': [1, 0, 1, 1]}
+    """
+    found = values.detach()[values.detach() != 0].float()
+    found = found[found.isfinite()]
+    if not found.numel():
+        return None
+    limit = float(found.abs().max())
+    return {"limit": limit, "counts": [int(n) for n in torch.histc(found, bins, -limit, limit).tolist()]}
+
+
 def share(part: int, whole: int) -> float:
     """Return `part` of `whole` as a number in [0, 1]; nothing of nothing is 0.
 
@@ -284,13 +308,30 @@ def median_latency(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for child in module.modules():
             child.__dict__["training"] = False  # not eval(): what a user's own train() does could not be undone
-        end = time.perf_counter() + budget
-        for _ in range(3):  # warm-up, shorter where a forward is slow
-            if seconds() > budget / 10:
-                break
-        times = [seconds()]
-        while len(times) < repeats and time.perf_counter() < end:
-            times.append(seconds())
+        return median_time(seconds, budget, repeats)
+
+
+def median_time(seconds: Callable[[], float], budget: float = 0.5, repeats: int = 100) -> Latency:
+    """Return the median of times, after a warm-up.
+
+    Args:
+        seconds: Does once what is measured, and returns how long it took.
+        budget: Seconds after which no further repeat begins; one is always made.
+        repeats: The most repeats.
+
+    Example::
+
+        >>> times = iter([9.0, 3.0, 1.0, 2.0])
+        >>> median_time(lambda: next(times), repeats=3)  # the first is the warm-up, which ends early since it is long
+        Latency(seconds=2.0, repeats=3, fastest=1.0)
+    """
+    end = time.perf_counter() + budget
+    for _ in range(3):
+        if seconds() > budget / 10:
+            break
+    times = [seconds()]
+    while len(times) < repeats and time.perf_counter() < end:
+        times.append(seconds())
     return Latency(statistics.median(times), len(times), min(times))
 
 
@@ -365,6 +406,18 @@ def measure_latencies(
     device: torch.device | str,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, dict[str, Any]]:
+    """Return the latency in milliseconds of a module's forward at each batch size, as :func:`latencies` does.
+
+    Example::
+
+        >>> measured = measure_latencies(nn.Linear(3, 2), ExampleInputs((torch.zeros(5, 3),)), "cpu")
+        >>> list(measured), list(measured["64"])
+        (['1', '64'], ['ms', 'fastest_ms', 'repeats', 'unsure'])
+    """
+    return latencies(lambda batch: median_latency(module, inputs.resized(batch).to(device), context=context))
+
+
+def latencies(measure: Callable[[int], Latency]) -> dict[str, dict[str, Any]]:
     """Return the latency in milliseconds at each batch size of `BATCHES`; one that cannot be measured says why.
 
     Other processes can only make a forward slower. So a measurement that looks disturbed is made up to three times and
@@ -373,9 +426,8 @@ def measure_latencies(
 
     Example::
 
-        >>> latencies = measure_latencies(nn.Linear(3, 2), ExampleInputs((torch.zeros(5, 3),)), "cpu")
-        >>> list(latencies), list(latencies["64"])
-        (['1', '64'], ['ms', 'fastest_ms', 'repeats', 'unsure'])
+        >>> latencies(lambda batch: Latency(batch / 1000, 9, batch / 1000))["64"]
+        {'ms': 64.0, 'fastest_ms': 64.0, 'repeats': 9, 'unsure': False}
     """
     result: dict[str, dict[str, Any]] = {}
     for_a_row = math.inf
@@ -385,12 +437,11 @@ def measure_latencies(
             result[str(batch)] = {"ms": None, "left_out": f"one forward would take about {expected:.0f} s"}
             continue
         try:
-            resized = inputs.resized(batch).to(device)
-            latency = median_latency(module, resized, context=context)
+            latency = measure(batch)
             for _ in range(2):
                 if not _is_disturbed(latency, expected) or latency.repeats == 1:
                     break
-                latency = min(latency, median_latency(module, resized, context=context), key=lambda it: it.seconds)
+                latency = min(latency, measure(batch), key=lambda it: it.seconds)
         except Exception as error:  # whatever a model raises: a report must not end a training
             result[str(batch)] = {"ms": None, "left_out": f"{type(error).__name__}: {_first_line(error)}"}
             continue
@@ -486,15 +537,25 @@ def verdict(figures: Mapping[str, Any]) -> list[str]:
                 f"{spell_bytes(size['bytes'])}"
             )
         sentences.append(f"{sentence}.")
+        work = figures.get("multiply_adds")
+        if work and 0 < work["nonzero"] < 0.99 * work["total"]:
+            sentences.append(
+                f"What only could be: {work['nonzero']:,} of {work['total']:,} multiply-adds have a weight that is not "
+                f"zero, so a runtime that left out all others would need {work['total'] / work['nonzero']:.3g} × fewer."
+            )
     elif removed <= 0 and not figures.get("techniques"):
         sentences.append("Nothing was compressed: no technique acted on this model.")
     bits = sorted({facts["bits"] for row in rows for facts in row["techniques"].values() if facts.get("bits", 32) < 32})
     if bits:
         spelled = " and ".join(map(str, bits))
-        sentences.append(
-            f"Weights are rounded to {spelled} bits as the model runs, and still stored as floats here: a file of "
-            f"integers is made by export."
+        where = (
+            "the exported files hold integers" if figures.get("exported") else "a file of integers is made by export"
         )
+        sentences.append(
+            f"Weights are rounded to {spelled} bits as the model runs, which takes time, and still stored as floats "
+            f"here: {where}."
+        )
+    sentences += [_spell_exported(file, figures) for file in figures.get("exported", ())]
     if cut := figures.get("removed"):
         sentences.append(_spell_removed(cut["masked"], cut["cut"]))
     for technique in figures.get("techniques", ()):
@@ -508,6 +569,22 @@ def verdict(figures: Mapping[str, Any]) -> list[str]:
             total = sum(row["total"] for row in alone)
             sentences.append(f"Not made sparse, {total:,} values: {', '.join(names)}.")
     return sentences
+
+
+def _spell_exported(file: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    stored = figures["before"].get("bytes")
+    sentence = f"{os.path.basename(file['path'])} takes {spell_bytes(file['bytes'])}"
+    if stored and file["bytes"] < stored:
+        sentence += f", {stored / file['bytes']:.3g} × less than the state_dict before ({spell_bytes(stored)})"
+    elif stored:
+        sentence += f": it is no smaller than the state_dict before ({spell_bytes(stored)})"
+    before = (figures.get("latency") or {}).get("before") or {}
+    for batch, measured in (file["latency"] or {}).items():
+        if measured["ms"]:
+            sentence += f"; at batch {batch} onnxruntime takes {spell_milliseconds(measured['ms'])}"
+            if (before.get(batch) or {}).get("ms"):
+                sentence += f" (PyTorch before: {spell_milliseconds(before[batch]['ms'])})"
+    return f"{sentence}."
 
 
 def _spell_removed(masked: Mapping[str, Any], cut: Mapping[str, Any]) -> str:

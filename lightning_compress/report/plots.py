@@ -1,277 +1,182 @@
-"""What a person looks at: the table and the picture, both made of the content of ``report.json``."""
+"""What a person looks at: pictures made of the content of ``report.json``. Needs matplotlib."""
 
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lightning_compress.example_inputs import spell_shape
-from lightning_compress.report.measure import share, spell_bytes, spell_milliseconds
+from lightning_compress.report.measure import spell_bytes
+from lightning_compress.report.table import latency_cell, most_important, spell_place
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
-    from rich.table import Table
+    from matplotlib.figure import Figure
 
-_ROWS = 20  # layers in the table; all of them are in the file
+INSTALL = 'pip install "lightning-compress[plots]"'
+
 _BARS = 16  # layers in the picture
-_WIDTH = 100  # columns of the table where the terminal does not say
+_HISTOGRAMS = 12
 
-# Okabe and Ito's colours, told apart by everyone, and greys for what is no data
-_BEFORE, _AFTER, _METRIC = "#B8BEC6", "#0072B2", "#D55E00"
-_INK, _MUTED, _GRID = "#22272E", "#6B737D", "#E4E7EB"
-
-
-# The table -----------------------------------------------------------------------------------------------------------
-
-
-def print_table(figures: Mapping[str, Any]) -> None:
-    """Print the table."""
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(_WIDTH, console.width))
-    console.print(table(figures))
+COLOURS = {
+    # Okabe and Ito's, told apart by everyone, and greys for what is no data
+    "before": "#b8bec6", "after": "#0072b2", "metric": "#d55e00", "file": "#009e73",
+    "ink": "#22272e", "muted": "#6b737d", "grid": "#e4e7eb",
+}  # fmt: skip
+"""The colours by what they stand for; a page may give each another value, see :func:`svg`."""
 
 
-def table(figures: Mapping[str, Any]) -> Table:
-    """Return the table: the layers, then before and after, then what there is to say in words."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    outer = Table(
-        title=f"CompressionReport: {figures['module']}", title_style="bold", box=box.ROUNDED, show_header=False,
-        border_style="dim", padding=(0, 1), show_lines=True,
-    )  # fmt: skip
-    outer.add_column(overflow="fold")
-
-    layers = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    layers.add_column("parameter", overflow="fold")
-    layers.add_column("shape", no_wrap=True)
-    for heading in ("values", "zeros", "sparsity"):
-        layers.add_column(heading, justify="right", no_wrap=True)
-    layers.add_column("", no_wrap=True)
-    layers.add_column("by")
-    alike = (figures.get("similarity") or {}).get("layers", {})
-    if alike:
-        layers.add_column("CKA", justify="right", no_wrap=True)
-    shown, rest = _most_important(figures["parameters"], _ROWS)
-    for row in shown:
-        layers.add_row(
-            " = ".join([row["name"], *row["aliases"]]), spell_shape(row["shape"]), f"{row['total']:,}",
-            f"{row['zeros']:,}", f"{row['sparsity']:.4f}", _bar(row["sparsity"]),
-            ", ".join(row["techniques"]) or Text("dense" if not row["zeros"] else "–", "dim"),
-            *([_alike(row["name"], alike)] if alike else []),
-        )  # fmt: skip
-    if rest:
-        what = "small ones: biases, norms" if len(shown) < _ROWS else "more, in report.json"
-        layers.add_row(*_sum_row(f"{len(rest)} {what}", rest), style="dim")
-    totals = figures["totals"]
-    if totals["claimed"]:
-        sparsity = totals["claimed_sparsity"]
-        layers.add_row(
-            "claimed", "", f"{totals['claimed']:,}", f"{totals['claimed_zeros']:,}", f"{sparsity:.4f}",
-            _bar(sparsity), "", style="bold",
-        )  # fmt: skip
-    layers.add_row(*_sum_row("all parameters", figures["parameters"]), style="bold")
-    outer.add_row(layers)
-
-    prices = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    prices.add_column("", no_wrap=True)
-    for heading in ("before", "after"):
-        prices.add_column(heading, justify="right", no_wrap=True)
-    prices.add_column("", style="dim", overflow="fold")
-    for price in _prices(figures):
-        prices.add_row(*price)
-    outer.add_row(prices)
-
-    words = _words(figures)
-    if words:
-        bullets = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
-        bullets.add_column(no_wrap=True)
-        bullets.add_column(overflow="fold")
-        for word, is_warning in words:
-            bullets.add_row(Text("!", "bold yellow") if is_warning else Text("·", "dim"), Text(word))
-        outer.add_row(bullets)
-    return outer
+# What is drawn -------------------------------------------------------------------------------------------------------
 
 
-def _alike(parameter: str, alike: Mapping[str, float | None]) -> str:
-    layer, _, kind = parameter.rpartition(".")
-    value = alike.get(layer) if "weight" in kind else None
-    return "" if value is None else f"{value:.3f}"
+def drawings(figures: Mapping[str, Any]) -> dict[str, Figure]:
+    """Return the figures of a report by name: ``"history"``, ``"prices"``, ``"layers"``, ``"weights"``.
 
-
-def _sum_row(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    total, zeros = sum(row["total"] for row in rows), sum(row["zeros"] for row in rows)
-    sparsity = share(zeros, total)
-    return [name, "", f"{total:,}", f"{zeros:,}", f"{sparsity:.4f}", _bar(sparsity), ""]
-
-
-def _most_important(
-    rows: Sequence[Mapping[str, Any]], most: int
-) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """Return the weights, at most so many of them and then the largest, in the model's order; and all that is left."""
-    weights = [row for row in rows if row["techniques"] or len(row["shape"]) > 1]
-    weights = sorted(weights, key=lambda row: (not row["techniques"], -row["total"]))[:most]
-    names = {row["name"] for row in weights}
-    return [row for row in rows if row["name"] in names], [row for row in rows if row["name"] not in names]
-
-
-def _bar(fraction: float, width: int = 10) -> str:
-    filled = math.floor(fraction * width)  # full only where nothing is left
-    return "█" * filled + "░" * (width - filled)
-
-
-def _prices(figures: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    totals, before, size = figures["totals"], figures["before"], figures["size"]
-    run, latency = figures["run"], figures["latency"]
-    rows = []
-    if before["parameters"] is not None:
-        ratio = before["nonzero"] / totals["nonzero"] if totals["nonzero"] else math.inf
-        fewer = f"{ratio:.3g} × fewer" if ratio >= 1.005 else ""
-        rows.append(("non-zero parameters", f"{before['nonzero']:,}", f"{totals['nonzero']:,}", fewer))
-    if size["bytes"] is not None:
-        stored = spell_bytes(before["bytes"]) if before["bytes"] is not None else ""
-        rows.append(("file on disk", stored, spell_bytes(size["bytes"]), "state_dict, as torch.save writes it"))
-    if size["deflated_bytes"] is not None:
-        rows.append(("file, deflated", "", spell_bytes(size["deflated_bytes"]), "as zip makes it"))
-    times = {moment: latency[moment] or {} for moment in ("before", "after")}
-    for batch in dict.fromkeys([*times["before"], *times["after"]]):
-        first, last = (_latency_cell(times[moment].get(batch)) for moment in ("before", "after"))
-        rows.append((f"forward, batch {batch}", first, last, f"median, {_spell_place(latency)}"))
-    if run["step_ms"] is not None:
-        note = f"median of {run['steps_timed']:,}, without loading the batch"
-        rows.append(("training step", "", spell_milliseconds(run["step_ms"]), note))
-    for name, value in figures["metrics"].items():
-        if value is not None and not name.startswith("compress/"):
-            rows.append((name, "", f"{value:.4g}" if isinstance(value, float) else str(value), ""))
-    return rows
-
-
-def _latency_cell(measured: Mapping[str, Any] | None) -> str:
-    if not measured:
-        return ""
-    if measured["ms"] is None:
-        return "–"
-    return spell_milliseconds(measured["ms"]) + (" ?" if measured.get("unsure") else "")
-
-
-def _spell_place(latency: Mapping[str, Any]) -> str:
-    if latency["device"] != "cpu":
-        return str(latency["device"])
-    return f"cpu, {latency['threads']} thread{'s' if latency['threads'] > 1 else ''}"
-
-
-def _words(figures: Mapping[str, Any]) -> list[tuple[str, bool]]:
-    """Return sentences, and whether each is a warning."""
-    run, latency = figures["run"], figures["latency"]
-    words = []
-    for technique in figures["techniques"]:
-        words.append((f"{technique['technique']}: {technique['summary']}", False))
-        if technique["stage"] < 1:
-            words.append((f"{technique['technique']} is not complete: it got to {technique['stage']:.0%}.", True))
-    if run["ended_early"]:
-        words.append((f"The run ended early, at step {run['steps']:,} of {run['planned_steps']:,}.", True))
-    words += [(note, False) for note in figures["notes"]]
-    for checkpoint in figures["checkpoints"]:
-        words.append(_checkpoint_words(checkpoint))
-    if latency["left_out"] is not None:
-        words.append((f"Latency was left out: {latency['left_out']}.", False))
-    elif latency["inputs"] is not None:
-        compiled = ", measured uncompiled" if latency["compiled"] else ""
-        inputs = f"the inputs of {latency['inputs_from']} ({latency['inputs']})"
-        words.append((f"Latency of {latency['of']} on {inputs}{compiled}.", False))
-        if latency["inputs_before"] not in (None, latency["inputs"]):
-            words.append((f"Latency before was measured on other inputs: {latency['inputs_before']}.", True))
-    for moment in ("before", "after"):
-        unsure = [batch for batch, measured in (latency[moment] or {}).items() if measured.get("unsure")]
-        if unsure:
-            batches = " and ".join(unsure)
-            words.append(
-                (f"Latency {moment} at batch {batches} is unsure: the machine was busy with other work.", True)
-            )
-    failures = {
-        f"Latency at batch {batch} was left out: {measured['left_out']}."
-        for moment in ("before", "after")
-        for batch, measured in (latency[moment] or {}).items()
-        if measured["ms"] is None
-    }
-    words += [(failure, True) for failure in sorted(failures)]
-    if figures["size"]["left_out"] is not None:
-        words.append((f"Size on disk: {figures['size']['left_out']}.", False))
-    if figures.get("files"):
-        words.append((f"Written: {', '.join(figures['files'])}", False))
-    return words
-
-
-def _checkpoint_words(checkpoint: Mapping[str, Any]) -> tuple[str, bool]:
-    path, sparsity, final = checkpoint["path"], checkpoint["sparsity"], checkpoint["final_sparsity"]
-    if checkpoint["left_out"] is not None:
-        return f"best_model_path {path} could not be read ({checkpoint['left_out']}).", True
-    if checkpoint["not_begun"]:
-        sparse = "" if sparsity is None else f" ({sparsity:.4f} sparse, the final model {final:.4f})"
-        return f"best_model_path {path} was written before {' and '.join(checkpoint['not_begun'])} began{sparse}.", True
-    if sparsity is None:
-        return f"best_model_path {path} is compressed as the final model is.", False
-    if abs(sparsity - final) > 1e-6:
-        return f"best_model_path {path} is {sparsity:.4f} sparse, the final model {final:.4f}.", True
-    return f"best_model_path {path} is as sparse as the final model ({final:.4f}).", False
-
-
-# The picture ---------------------------------------------------------------------------------------------------------
-
-
-def picture(figures: Mapping[str, Any]) -> bytes:
-    """Return a PNG: sparsity and a metric over the steps, the sparsity of each layer, latency before and after.
+    A ramp and a metric over the steps; latency and size before and after; the sparsity of each layer; the histogram of
+    each layer's weights. One that has nothing to show is left out.
 
     Raises:
         ImportError: Without matplotlib.
     """
+    found = {}
+    with literal_text():
+        panels = _panels(figures)
+        if panels:
+            found["history"] = figure = new_figure(7.2, 0.6 + 1.9 * len(panels))
+            _draw_history(list(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]), panels, figures)
+        groups = _groups(figures)
+        if groups:
+            found["prices"] = figure = new_figure(7.2, 0.7 + 0.25 * sum(len(bars) + 1 for _, bars in groups))
+            _draw_groups(figure.subplots(), groups, _spell_prices(figures))
+        layers, title = _layers(figures)
+        if layers:
+            found["layers"] = figure = new_figure(7.2, 0.7 + 0.26 * len(layers))
+            _draw_layers(figure.subplots(), layers, title)
+        if any(row.get("histogram") for row in layers):
+            found["weights"] = _weights(layers)
+    return found
+
+
+def picture(figures: Mapping[str, Any]) -> bytes:
+    """Return a PNG: a ramp and a metric over the steps, the sparsity of each layer, latency and size before and after.
+
+    Raises:
+        ImportError: Without matplotlib.
+    """
+    with literal_text():
+        layers, title = _layers(figures)
+        panels, groups = _panels(figures), _groups(figures)
+        rows = sum(len(bars) + 1 for _, bars in groups)
+        figure = new_figure(11.0, max(5.2, 1.6 + 0.24 * (len(layers) + rows)))
+        left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1.0), wspace=0.03)  # type: ignore[misc]
+        figure.suptitle(headline(figures), fontsize=13, fontweight="bold", color=COLOURS["ink"], x=0.016, ha="left")
+        _draw_history(list(left.subplots(max(len(panels), 1), 1, sharex=True, squeeze=False)[:, 0]), panels, figures)
+        if groups:
+            bars, prices = right.subplots(2, 1, height_ratios=(max(len(layers), 3), max(rows, 3)))
+            _draw_groups(prices, groups, _spell_prices(figures))
+        else:
+            bars = right.subplots()
+        _draw_layers(bars, layers, title)
+    return png(figure)
+
+
+def headline(figures: Mapping[str, Any]) -> str:
+    """Return the report in one line."""
+    totals = figures["totals"]
+    return f"{figures['module']}: {totals['nonzero']:,} of {totals['parameters']:,} parameters are left non-zero"
+
+
+# As bytes, as text, as numbers ---------------------------------------------------------------------------------------
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of so many inches that no window knows of."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    layers = [row for row in figures["parameters"] if row["techniques"] or len(row["shape"]) > 1]
-    layers, others = _most_important(layers, _BARS)
-    latency = figures["latency"]
-    has_latency = any(
-        measured["ms"] is not None for moment in ("before", "after") for measured in (latency[moment] or {}).values()
-    )
-    metric = _metric_to_draw(figures)
-    size = (11.0, max(5.2, 3.0 + 0.24 * len(layers)))
-    figure = Figure(size, dpi=150, facecolor="white", layout=ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.12))
+    engine = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.12)
+    figure = Figure((width, height), dpi=150, facecolor="white", layout=engine)
     FigureCanvasAgg(figure)
-    left: SubFigure
-    right: SubFigure
-    left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1.0), wspace=0.03)  # type: ignore[misc]
-    figure.suptitle(_headline(figures), fontsize=13, fontweight="bold", color=_INK, x=0.016, ha="left")
+    return figure
 
-    ramp_axes = left.subplots(2 if metric else 1, 1, sharex=True, squeeze=False)[:, 0]
-    _draw_history(ramp_axes[0], figures, "Sparsity of the compressed weights", None)
-    if metric:
-        _draw_history(ramp_axes[1], figures, metric, metric)
-    ramp_axes[-1].set_xlabel("optimizer step", color=_MUTED, fontsize=9)
 
-    if has_latency:
-        heights = (max(len(layers), 3), 3.2)
-        bars, times = right.subplots(2, 1, height_ratios=heights)
-        _draw_latency(times, latency)
-    else:
-        bars = right.subplots()
-    _draw_layers(bars, layers, f"Sparsity of the {_BARS} largest layers" if others else "Sparsity of each layer")
-
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def _headline(figures: Mapping[str, Any]) -> str:
-    totals = figures["totals"]
-    return f"{figures['module']}: {totals['nonzero']:,} of {totals['parameters']:,} parameters are left non-zero"
+def pixels(figure: Figure) -> np.ndarray[Any, Any]:
+    """Return a figure as uint8 ``(height, width, 3)``."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def svg(figure: Figure, name: str) -> str:
+    """Return a figure as an ``<svg>`` element for a page: text stays text, and each colour is a variable of the page.
+
+    ``COLOURS["ink"]`` becomes ``var(--ink)``, and so on, so that the page can be dark.
+
+    Args:
+        figure: The figure.
+        name: What it shows, for those who cannot see it; and what makes its inner names differ from another figure's.
+    """
+    from html import escape
+
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    for variable, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{variable})")
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{escape(name)}"', text, count=1)
+
+
+@contextmanager
+def literal_text() -> Iterator[None]:
+    """Take a ``$`` in a name for what it is, not for mathematics."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):
+        yield
+
+
+# Over the steps ------------------------------------------------------------------------------------------------------
+
+_Panel = tuple[str, str, list[tuple[int, float]]]  # title, colour, (step, value)
+
+
+def _panels(figures: Mapping[str, Any]) -> list[_Panel]:
+    history, metric = figures["history"], _metric_to_draw(figures)
+
+    def points(value: Callable[[Mapping[str, Any]], float | None]) -> list[tuple[int, float]]:
+        found = [(point["step"], value(point)) for point in history]
+        return [(step, value) for step, value in found if value is not None]
+
+    def bits(point: Mapping[str, Any]) -> float | None:
+        widths = [value for name, value in point["metrics"].items() if name.startswith("compress/weight_bits")]
+        return min((value for value in widths if value is not None), default=None)
+
+    panels = [
+        ("Sparsity of the compressed weights", "after", points(lambda point: point["sparsity"])),
+        ("Bits of the weights", "file", points(bits)),
+    ]
+    if metric is not None:
+        panels.append((metric, "metric", points(lambda point: point["metrics"].get(metric))))
+    return [panel for panel in panels if panel[2]]
 
 
 def _metric_to_draw(figures: Mapping[str, Any]) -> str | None:
@@ -286,96 +191,168 @@ def _metric_to_draw(figures: Mapping[str, Any]) -> str | None:
     return ranked[0] if ranked else None
 
 
-def _draw_history(axes: Axes, figures: Mapping[str, Any], title: str, metric: str | None) -> None:
+def _draw_history(all_axes: Sequence[Axes], panels: Sequence[_Panel], figures: Mapping[str, Any]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    points = [
-        (point["step"], point["metrics"].get(metric) if metric else point["sparsity"]) for point in figures["history"]
-    ]
-    points = [point for point in points if point[1] is not None]
-    _plain_axes(axes, title)
-    if not metric:
-        axes.set_ylim(0.0, 1.05)
-        axes.set_yticks([0.0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
-    if not points:
-        axes.text(0.5, 0.5, "no technique claims a sparsity", ha="center", color=_MUTED, transform=axes.transAxes)
+    if not panels:
+        plain_axes(all_axes[0], "No technique claims a sparsity, and no metric was logged")
         return
-    color = _METRIC if metric else _AFTER
-    steps, values = zip(*points, strict=True)
-    axes.plot(steps, values, color=color, linewidth=1.8, marker="o", markersize=3.2 if len(points) < 60 else 0)
-    last = f"{values[-1]:.4g}" if metric else f"{100.0 * values[-1]:.4g} %"
-    axes.annotate(
-        last,
-        (steps[-1], values[-1]),
-        xytext=(7, 0),
-        textcoords="offset points",
-        va="center",
-        color=color,
-        fontsize=9,
-        fontweight="bold",
-    )
-    length = max(steps[-1] - steps[0], 1)
-    axes.set_xlim(steps[0] - 0.04 * length, steps[-1] + 0.16 * length)  # room for the number
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    axes.margins(y=0.2)
+    steps = [step for _, _, points in panels for step, _ in points]
+    length = max(max(steps) - min(steps), 1)
+    for axes, (title, colour, points) in zip(all_axes, panels, strict=True):
+        plain_axes(axes, title)
+        is_share = colour == "after"
+        if is_share:
+            axes.set_ylim(0.0, 1.05)
+            axes.set_yticks([0.0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
+        marker = 3.2 if len(points) < 60 else 0
+        style = "steps-post" if colour == "file" else "default"  # bits have no value in between
+        axes.plot(
+            *zip(*points, strict=True), color=COLOURS[colour], linewidth=1.8, marker="o", markersize=marker,
+            drawstyle=style,
+        )  # fmt: skip
+        last = points[-1][1]
+        axes.annotate(
+            f"{100.0 * last:.4g} %" if is_share else f"{last:.4g}", points[-1], xytext=(7, 0), va="center",
+            textcoords="offset points", color=COLOURS[colour], fontsize=9, fontweight="bold",
+        )  # fmt: skip
+        axes.set_xlim(min(steps) - 0.04 * length, max(steps) + 0.16 * length)  # room for the number
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.margins(y=0.2)
+        for technique in figures["techniques"]:
+            for event in technique.get("events") or []:
+                axes.axvline(event["step"], color=COLOURS["muted"], linewidth=0.9, linestyle=(0, (3, 3)))
+                if axes is all_axes[0]:
+                    axes.text(
+                        event["step"], 1.0, f" {event['action']}", transform=axes.get_xaxis_transform(), va="top",
+                        fontsize=8, color=COLOURS["muted"],
+                    )  # fmt: skip
+    all_axes[-1].set_xlabel("optimizer step", color=COLOURS["muted"], fontsize=9)
+
+
+# Layers --------------------------------------------------------------------------------------------------------------
+
+
+def _layers(figures: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], str]:
+    layers = [row for row in figures["parameters"] if row["techniques"] or len(row["shape"]) > 1]
+    layers, others = most_important(layers, _BARS)
+    return layers, f"Sparsity of the {_BARS} largest layers" if others else "Sparsity of each layer"
 
 
 def _draw_layers(axes: Axes, layers: Sequence[Mapping[str, Any]], title: str) -> None:
-    _plain_axes(axes, title)
-    axes.grid(visible=False)
+    _bare_axes(axes, title)
     names = [_shorten(row["name"]) for row in layers]
     positions = range(len(layers))
-    axes.barh(positions, [1.0] * len(layers), color=_GRID, height=0.62)
-    axes.barh(positions, [row["sparsity"] for row in layers], color=_AFTER, height=0.62)
+    axes.barh(positions, [1.0] * len(layers), color=COLOURS["grid"], height=0.62)
+    axes.barh(positions, [row["sparsity"] for row in layers], color=COLOURS["after"], height=0.62)
     for position, row in zip(positions, layers, strict=True):
-        label = f"{row['sparsity']:.1%}".replace("%", " %") if row["techniques"] or row["zeros"] else "dense"
-        axes.text(1.02, position, label, va="center", fontsize=8, color=_INK if row["techniques"] else _MUTED)
+        colour = COLOURS["ink" if row["techniques"] else "muted"]
+        axes.text(1.02, position, _spell_sparsity(row), va="center", fontsize=8, color=colour)
     axes.set_yticks(positions, names, fontsize=8)
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.set_xlim(0.0, 1.16)
-    axes.set_xticks([])
-    axes.spines["bottom"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
 
 
-def _draw_latency(axes: Axes, latency: Mapping[str, Any]) -> None:
-    _plain_axes(axes, f"Forward latency, median ({_spell_place(latency)})")
-    axes.grid(visible=False)
+def _weights(layers: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return the histograms of the weights that are not zero, each of its own scale."""
+    shown = [row for row in layers if row.get("histogram")][:_HISTOGRAMS]
+    columns = min(len(shown), 3)
+    lines = -(-len(shown) // columns)
+    figure = new_figure(7.2, 0.5 + 1.35 * lines)
+    figure.suptitle(
+        "Weights that are not zero: how many have which value", fontsize=10, color=COLOURS["ink"], x=0.016, ha="left"
+    )
+    grid = figure.subplots(lines, columns, squeeze=False).flat
+    for axes, row in zip(grid, shown, strict=False):
+        limit, counts = row["histogram"]["limit"], row["histogram"]["counts"]
+        width = 2.0 * limit / len(counts)
+        _bare_axes(axes, _shorten(row["name"], 26))
+        axes.set_title(axes.get_title("left"), loc="left", fontsize=8, color=COLOURS["ink"])
+        axes.bar([-limit + (i + 0.5) * width for i in range(len(counts))], counts, width, color=COLOURS["after"])
+        axes.spines["bottom"].set_visible(True)
+        axes.set_xticks([-limit, 0.0, limit], [f"{-limit:.2g}", "0", f"{limit:.2g}"], fontsize=7)
+        axes.set_yticks([])
+        axes.text(
+            0.98, 0.94, f"zero: {_spell_sparsity(row)}", transform=axes.transAxes, ha="right", va="top", fontsize=7,
+            color=COLOURS["muted"],
+        )  # fmt: skip
+    for axes in grid:  # those that are left over
+        axes.set_visible(False)
+    return figure
+
+
+def _spell_sparsity(row: Mapping[str, Any]) -> str:
+    return f"{row['sparsity']:.1%}".replace("%", " %") if row["techniques"] or row["zeros"] else "dense"
+
+
+# Latency and size ----------------------------------------------------------------------------------------------------
+
+_Group = tuple[str, list[tuple[float, str, str]]]  # label, (value, text, colour)
+
+
+def _groups(figures: Mapping[str, Any]) -> list[_Group]:
+    latency, size, files = figures["latency"], figures["size"], figures.get("exported") or []
     before, after = latency["before"] or {}, latency["after"] or {}
-    labels, position = [], 0.0
+    groups: list[_Group] = []
     for batch in dict.fromkeys([*before, *after]):
-        pair = [before.get(batch) or {"ms": None}, after.get(batch) or {"ms": None}]
-        longest = max(measured["ms"] or 0.0 for measured in pair) or 1.0
-        labels.append((position + 0.4, f"batch {batch}"))
-        for offset, (measured, color, when) in enumerate(
-            zip(pair, (_BEFORE, _AFTER), ("before", "after"), strict=True)
-        ):
-            ms = measured["ms"]
-            if ms is None:
-                continue
-            # Each batch size has its own scale: 64 would make the bars of 1 invisible.
-            axes.barh(position + 0.8 * offset, ms / longest, color=color, height=0.7)
-            axes.text(
-                ms / longest + 0.015, position + 0.8 * offset, f"{_latency_cell(measured)} {when}", va="center",
-                fontsize=8, color=_INK if when == "after" else _MUTED,
-            )  # fmt: skip
-        position += 2.1
+        times = [(before.get(batch), "before", "before"), (after.get(batch), "after", "after")]
+        times += [((file["latency"] or {}).get(batch), f"{file['format']}, onnxruntime", "file") for file in files]
+        bars = [
+            (measured["ms"], f"{latency_cell(measured)} {when}", colour)
+            for measured, when, colour in times
+            if measured and measured["ms"] is not None
+        ]
+        groups.append((f"batch {batch}", bars))
+    sizes = [(figures["before"]["bytes"], "before", "before"), (size["bytes"], "after", "after")]
+    sizes.append((size["deflated_bytes"], "after, deflated", "after"))
+    sizes += [(file["bytes"], file["format"], "file") for file in files]
+    groups.append(("file", [(n, f"{spell_bytes(n)} {what}", colour) for n, what, colour in sizes if n is not None]))
+    return [group for group in groups if group[1]]
+
+
+def _spell_prices(figures: Mapping[str, Any]) -> str:
+    if not any(figures["latency"][moment] for moment in ("before", "after")):
+        return "Size on disk"
+    return f"Latency, median ({spell_place(figures['latency'])}), and size"
+
+
+def _draw_groups(axes: Axes, groups: Sequence[_Group], title: str) -> None:
+    _bare_axes(axes, title)
+    labels, position = [], 0.0
+    for label, bars in groups:
+        longest = max(value for value, _, _ in bars) or 1.0
+        labels.append((position + 0.4 * (len(bars) - 1), label))
+        for value, text, colour in bars:
+            # Each group has its own scale: batch 64 would make the bars of batch 1 invisible.
+            axes.barh(position, value / longest, color=COLOURS[colour], height=0.7)
+            ink = COLOURS["muted" if colour == "before" else "ink"]
+            axes.text(value / longest + 0.015, position, text, va="center", fontsize=8, color=ink)
+            position += 0.8
+        position += 0.5
     axes.set_yticks([where for where, _ in labels], [label for _, label in labels], fontsize=8)
     axes.set_ylim(position - 0.8, -0.6)
-    axes.set_xlim(0.0, 1.42)
-    axes.set_xticks([])
-    axes.spines["bottom"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(0.0, 1.5)
 
 
-def _plain_axes(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10, color=_INK, pad=8)
+# Axes ----------------------------------------------------------------------------------------------------------------
+
+
+def plain_axes(axes: Axes, title: str) -> None:
+    """Take away from axes what shows no data."""
+    axes.set_title(title, loc="left", fontsize=10, color=COLOURS["ink"], pad=8)
     axes.set_axisbelow(True)
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.tick_params(colors=_MUTED, labelsize=8, length=0)
+    axes.grid(axis="y", color=COLOURS["grid"], linewidth=0.8)
+    axes.tick_params(colors=COLOURS["muted"], labelsize=8, length=0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_GRID)
+    axes.spines["bottom"].set_color(COLOURS["grid"])
+
+
+def _bare_axes(axes: Axes, title: str) -> None:
+    plain_axes(axes, title)
+    axes.grid(visible=False)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
 
 
 def _shorten(name: str, most: int = 30) -> str:

@@ -270,9 +270,10 @@ def test_files_go_to_the_loggers_folder(tmp_path):
     logger = CSVLogger(tmp_path, name="csv")
     fit(tmp_path, [GradualPruning(0.8)], report=CompressionReport(), logger=logger)
     folder = Path(logger.log_dir)
-    assert read(folder)["files"] == [str(folder / "report.json"), str(folder / "report.png")]
+    names = ["report.json", "report.png", "report.html"]
+    assert read(folder)["files"] == [str(folder / name) for name in names]
     assert is_picture(folder / "report.png")
-    assert sorted(path.name for path in folder.iterdir() if "report" in path.name) == ["report.json", "report.png"]
+    assert sorted(path.name for path in folder.iterdir() if "report" in path.name) == sorted(names)
 
 
 @pytest.mark.parametrize("kwargs", [{"logger": False}, {"logger": Recorder()}, {"fast_dev_run": True}])
@@ -309,9 +310,14 @@ def test_without_matplotlib_the_plots_are_left_out_and_the_table_says_so(tmp_pat
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     fit(tmp_path, report=CompressionReport(str(tmp_path), latency=False))
-    assert read(tmp_path)["files"] == [str(tmp_path / "report.json")]
+    assert read(tmp_path)["files"] == [str(tmp_path / "report.json"), str(tmp_path / "report.html")]
     assert not (tmp_path / "report.png").exists()
-    assert "The plots were left out: matplotlib is not installed" in text(capsys)
+    said = "The plots were left out: matplotlib is not installed"
+    assert said in text(capsys)
+    page = (tmp_path / "report.html").read_text()
+    assert said in page
+    assert "net.4.weight" in page
+    assert "<svg" not in page
 
 
 def test_a_live_progress_bar_does_not_eat_the_table(tmp_path, capsys):
