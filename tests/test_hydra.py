@@ -99,6 +99,9 @@ def test_a_file_says_what_the_signature_says(name: str) -> None:
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_a_callback_is_made_from_its_file_as_it_stands(name: str) -> None:
     config = OmegaConf.create(OmegaConf.to_container(FILES[name][name]))
+    for argument, written in OmegaConf.to_container(config).items():
+        if "${hydra:" in str(written):  # there is a folder only where an app runs
+            config[argument] = "export"
     for argument in OmegaConf.missing_keys(config):  # `???`: only the user can know it
         config[argument] = "val_acc"
     assert isinstance(hydra.utils.instantiate(config), Callback)
