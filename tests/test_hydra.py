@@ -112,6 +112,8 @@ def test_a_recipe_makes_callbacks_of_ours_only(name: str, app: Path) -> None:
     asked = ["callbacks.distillation.teacher=ema"] if name.endswith("distill") else []  # `???` in the file
     callbacks = compose(app, f"+compress@callbacks={name}", *asked).callbacks
     made = {name: entry for name, entry in callbacks.items() if name != "own"}
+    if "export" in made:
+        made["export"].dir = "export"  # the file's is a folder that only a running app has
     assert len(made) > 1
     for entry in made.values():
         assert entry._target_.startswith("lightning_compress.")
