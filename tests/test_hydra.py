@@ -143,6 +143,15 @@ def test_callbacks_join_those_of_the_app(app: Path, group: str, asked: str, give
     assert config.callbacks.own == {"_target_": "collections.Counter"}
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_an_app_with_another_key_gets_the_same(name: str, app: Path) -> None:
+    usual, other = compose(app, f"+compress@callbacks={name}"), compose(app, f"+compress@trainer.own_key={name}")
+    del usual.callbacks.own
+    # a recipe says `- pruning@_here_`: without it, its files go to `callbacks`, and the recipe's own values elsewhere
+    assert other.trainer.own_key == usual.callbacks
+    assert list(other.callbacks) == ["own"]
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_takes_the_place_of_a_configured_scheduler(name: str, app: Path) -> None:
     assert compose(app, f"+compress@callbacks={name}").callbacks.learning_rate.override is True
