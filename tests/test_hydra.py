@@ -250,7 +250,13 @@ def test_a_package_that_is_gone_adds_nothing(app: Path, monkeypatch: pytest.Monk
 
 # --- what callbacks are given -----------------------------------------------------------------------------------------
 
-MOMENTS = {"1": (1.0, "steps"), "1.0": (1.0, "fraction"), "1e-1": (0.1, "fraction"), "3ep": (3.0, "epochs")}
+MOMENTS = {
+    "1": (1.0, "steps"),
+    "1.0": (1.0, "fraction"),
+    "1e-1": (0.1, "fraction"),
+    "0.5": (0.5, "fraction"),
+    "3ep": (3.0, "epochs"),
+}
 
 
 def by_override(app: Path, written: str) -> Any:
@@ -295,7 +301,7 @@ def test_a_moment_is_the_same_through_every_door(
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of how Lightning 2.6 calls it
     value, unit = MOMENTS[written]
     assert door(app, written).end == Moment(value, unit)
-    python = {"1": 1, "1.0": 1.0, "1e-1": 0.1, "3ep": "3ep"}[written]
+    python: Any = {"1": 1, "1.0": 1.0, "1e-1": 0.1, "0.5": 0.5, "3ep": "3ep"}[written]
     assert GradualPruning(begin=0, end=python).end == Moment(value, unit)
 
 
