@@ -3,10 +3,10 @@
     python examples/demo.py
 
 Both runs have the same number of epochs and the same learning rate at each step; the second adds nothing but
-callbacks on the command line: one fit prunes channels in its first half, trains with 4-bit weights and 8-bit
-activations in its second, and leaves an ONNX file without the channels and with integers for weights. The runs go side
-by side, a thread each, so that both see the machine in the same state. Then both are tested once more from their
-checkpoints, in this process; onnxruntime classifies the held-out images with the files that the fits left and is timed.
+callbacks on the command line: one fit prunes channels in its first half, trains with 8-bit weights and activations in
+its second, and leaves an ONNX file without the channels and with integers for weights. The runs go side by side, a
+thread each, so that both see the machine in the same state. Then both are tested once more from their checkpoints, in
+this process; onnxruntime classifies the held-out images with the files that the fits left and is timed.
 Ends with an error if the weights of the checkpoint are not as was asked for, if a file answers differently from its
 model, or if the compressed file is too large, too slow or too often wrong.
 """
@@ -43,7 +43,6 @@ from lightning_compress.export import integer_kernels
 
 EXAMPLES = Path(__file__).parent
 LIGHTNING_BESIDE_NEW_TORCH = "ignore:`isinstance(treespec, LeafSpec)` is deprecated:FutureWarning"
-BITS = 4
 SMALLEST_AGREEMENT = 0.999
 SMALLER, FASTER, WORSE = 12.0, 4.0, 0.003  # times, times at batch 64, of all answers
 OLD = ": CPUs without 8-bit dot products (AVX512-VNNI, AVX-VNNI, ARM dotprod) gain less from integers"
@@ -111,6 +110,7 @@ def main() -> None:
     parser.add_argument("--channels", type=float, default=0.5, help="share of the channels to cut out (%(default)s)")
     parser.add_argument("--epochs", type=int, default=8, help="epochs of each run (%(default)s)")
     parser.add_argument("--model", default="residual_cnn", help="one of examples/configs/model (%(default)s)")
+    parser.add_argument("--weight-bits", type=int, default=8, help="2 to 8 (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of both runs (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder (%(default)s)")
     args = parser.parse_args()
@@ -126,7 +126,7 @@ def main() -> None:
             *shared,
             "+compress@callbacks=[prune_qat,export]",
             *(f"callbacks.pruning.{name}={value}" for name, value in pruning.items()),
-            f"callbacks.quantization.weight_bits={BITS}",
+            f"callbacks.quantization.weight_bits={args.weight_bits}",
         ],
     }
     train(args.output, overrides)
@@ -135,14 +135,14 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     dense = Result.of(args.output / "dense", args.model, [])
-    compressed = Result.of(args.output / "compressed", args.model, [QuantizationAwareTraining(BITS)])
+    compressed = Result.of(args.output / "compressed", args.model, [QuantizationAwareTraining(args.weight_bits)])
 
     times = {batch: latencies([dense.onnx, compressed.onnx], batch) for batch in (1, 64)}
     console.rule("dense against compressed")
     console.print(comparison(dense, compressed, times))
     console.print(
         "Latency is onnxruntime's, on one thread. Channels that are cut out make a file smaller and faster, and so do "
-        "integers; 4-bit weights make it smaller and are computed with as 8. The safetensors file is coded as well."
+        "integers. The safetensors file is coded as well."
     )
     for name, result in (("dense", dense), ("compressed", compressed)):
         where = f"{result.onnx}, {result.safetensors.name} (beside them checkpoints/, csv/, metrics.json)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def teacher(folder: Path) -> Path:
     """Return the checkpoint of a dense model that has learnt the task."""
     torch.manual_seed(1)
     fit = trainer(folder, max_epochs=3)
-    fit.fit(ConvNet(), images(0, 512))
+    fit.fit(ConvNet(), images(0, 512), images(1, 256))
     fit.save_checkpoint(folder / "teacher.ckpt")
     return folder / "teacher.ckpt"
 
@@ -96,10 +97,13 @@ class Run:
         self.trainer: Trainer = trainer(folder, self.callbacks.values(), max_epochs=6)
         self.trainer.fit(self.module, images(0, 512), images(1, 256))
 
+    def plain(self) -> ConvNet:
+        """The trained model with rounded weights and without quantizers."""
+        return dequantize(copy.deepcopy(self.module))
+
     def levels(self) -> int:
         """The most different values that the weights of an output channel have, zero among them."""
-        plain = dequantize(self.module)
-        return max(len(row.unique()) for layer in plain.layers() for row in layer.weight.detach().flatten(1))
+        return max(len(row.unique()) for layer in self.plain().layers() for row in layer.weight.detach().flatten(1))
 
 
 def compose(name: str, *overrides: str, folder: Path) -> Any:
@@ -118,16 +122,9 @@ def compose(name: str, *overrides: str, folder: Path) -> Any:
         Singleton.set_state(state)
 
 
-_runs: dict[str, Run] = {}
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")  # pytest puts tests of one recipe behind each other, and one run is enough
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """One run of each recipe, which all of its tests look at."""
-    name = request.param
-    if name not in _runs:
-        _runs[name] = Run(name, tmp_path_factory.mktemp(name))
-    return _runs[name]
+    return Run(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def recipes(*names: str) -> pytest.MarkDecorator:
@@ -180,7 +177,7 @@ def test_deep_leaves_a_file_that_is_small_and_holds_the_model_exactly(run: Run) 
     assert file.stat().st_size < run.dense.stat().st_size / 10
     x = next(iter(images(1, 256)))[0]
     loaded = load_compressed(file, ConvNet())
-    assert torch.equal(loaded.eval()(x), dequantize(run.module).eval()(x))
+    assert torch.equal(loaded.eval()(x), run.plain().eval()(x))
 
 
 @recipes("two_four", "deep", "prune_qat", "prune_qat_distill")

