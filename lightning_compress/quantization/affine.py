@@ -203,12 +203,17 @@ def round_bias(bias: Tensor, unit: Tensor) -> Tensor:
 def learned_start(x: Tensor, qmax: int, keep: tuple[int, ...] | None = None) -> Tensor:
     """Return LSQ's first scale, 2 · mean(|x|) / √qmax, with the dimensions other than `keep` averaged over (and kept).
 
+    Zeros do not count: those of a ReLU and of pruned weights are exact with any scale.
+
     Example::
 
-        >>> learned_start(torch.tensor([1.0, -3.0]), 4)
+        >>> learned_start(torch.tensor([1.0, 0.0, -3.0]), 4)
         tensor([2.])
     """
     x = x.detach().float().abs()
-    dims = tuple(d for d in range(x.dim()) if keep is not None and d not in keep) or None
-    mean = x.mean().reshape(1) if keep is None or dims is None else x.mean(dims, keepdim=True)
+    dims = tuple(d for d in range(x.dim()) if keep is not None and d not in keep)
+    if dims:
+        mean = x.sum(dims, keepdim=True) / (x != 0).sum(dims, keepdim=True).clamp(min=1)
+    else:
+        mean = (x.sum() / (x != 0).sum().clamp(min=1)).reshape(1)
     return (2.0 * mean / qmax**0.5).clamp(min=SCALE_FLOOR)

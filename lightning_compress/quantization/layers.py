@@ -258,7 +258,7 @@ class ActivationQuantizer(Quantizer):
         self.zero_point = int(zero_point)
         x = x.relu() if self.is_rectified else x
         levels = max(self.qmax - self.zero_point, self.zero_point - self.qmin)
-        self.scale.copy_(affine.learned_start(x[x != 0] if (x != 0).any() else x, levels))
+        self.scale.copy_(affine.learned_start(x, levels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the rounded activation."""

@@ -280,6 +280,9 @@ def test_learned_start() -> None:
     assert torch.allclose(affine.learned_start(x, 7), 2 * x.abs().mean() / 7**0.5)
     assert torch.allclose(affine.learned_start(x, 7, (0,))[:, 0], 2 * x.abs().mean(1) / 7**0.5)
     assert affine.learned_start(torch.zeros(3), 7) == affine.SCALE_FLOOR
+    pruned = torch.where(x.abs() > 1, x, 0.0)  # a pruned weight says nothing about the size of the others
+    for row, scale in zip(pruned, affine.learned_start(pruned, 7, (0,)), strict=True):
+        assert torch.allclose(scale, affine.learned_start(row[row != 0], 7))
 
 
 # --- ranges of activations --------------------------------------------------------------------------------------------
