@@ -138,7 +138,7 @@ def integer_kernels(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return which kernels onnxruntime runs a file's convolutions and matrix products on, in its optimized graph.
 
     Returns:
-        ``integer``, ``weight_only`` (integer weights, float arithmetic) and ``float``: how many there are;
+        ``integer``, ``weight_only`` (integer weights, float activations) and ``float``: how many there are;
         ``float_nodes``: ``"name (operator)"`` of each float one.
 
     Raises:
