@@ -42,6 +42,7 @@ are; runtimes compute it once, when they load the file."""
 
 # Move numbers and change none, and run on integers as well.
 _MOVING = {
+    "DepthToSpace",
     "Expand",
     "Flatten",
     "Gather",
@@ -49,6 +50,7 @@ _MOVING = {
     "MaxPool",
     "Reshape",
     "Slice",
+    "SpaceToDepth",
     "Split",
     "Squeeze",
     "Tile",

@@ -9,6 +9,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -17,6 +19,8 @@ _OPERATORS = {"add", "sub", "mul", "div", "floordiv", "mod", "pow", "matmul", "a
 
 # What tensors call Python's operators.
 _OF_TENSORS = {"truediv": "div", "mod": "remainder"}
+
+ATTENTION = "scaled_dot_product_attention"
 
 _running: list[Any] = []
 """The watched module whose own forward is running, innermost last; ``None`` within one that nobody watches."""
@@ -45,13 +49,63 @@ class _Own:
 unwatched = _Own()
 
 
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    rounded: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return what `torch.nn.functional.scaled_dot_product_attention` does, with rounded probabilities.
+
+    Scores stay float, for masks of −∞ are added to them.
+
+    Args:
+        query: (…, heads, queries, width).
+        key: (…, heads, keys, width).
+        value: (…, heads, keys, width of values).
+        attn_mask: Broadcasts against (…, heads, queries, keys): True where a query may look, or floats to add.
+        dropout_p: The share of probabilities to drop.
+        is_causal: Whether query i sees keys 0 to i alone.
+        scale: The factor of the scores, 1 / √width if None.
+        enable_gqa: Whether several heads of queries share one of keys and values.
+        rounded: What rounds the probabilities, in [0, 1].
+
+    Example::
+
+        >>> q = k = torch.zeros(1, 2, 4)
+        >>> attend(q, k, torch.tensor([[[1.0], [3.0]]]), rounded=torch.round)  # two probabilities of 0.5 become 0
+        tensor([[[0.],
+                 [0.]]])
+    """
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        is_bool = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if is_bool else scores + attn_mask
+    probabilities = scores.softmax(-1)
+    if attn_mask is not None and not is_causal:  # a row that sees nothing attends to nothing
+        probabilities = probabilities.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+    return rounded(F.dropout(probabilities, dropout_p)) @ value
+
+
 class FunctionalQuantizers(nn.Module):
     """The quantizers of the functions that a module's forward calls.
 
     Args:
         functions: The names of the watched functions.
         calls: How many calls of them the module's forward makes, for each of its runs in one forward pass.
-        quantizers: By ``f"{run}_{index of the call}"``.
+        quantizers: By ``f"{run}_{index of the call}"``; those of an attention's probabilities have ``_probabilities``
+            behind that.
     """
 
     def __init__(self, functions: set[str], calls: list[int], quantizers: dict[str, nn.Module]) -> None:
@@ -83,6 +137,14 @@ class FunctionalQuantizers(nn.Module):
         self.known.add((self.use, way))
         self.use = (self.use + 1) % len(self.calls)
 
+    def attends(self, name: str) -> nn.Module | None:
+        """Return what rounds the probabilities of the attention that is called now, if that is what is called."""
+        key = f"{self.use}_{self.index}_probabilities"
+        if name != ATTENTION or key not in self.quantizers:
+            return None
+        quantizer = self.quantizers[key]
+        return quantizer if getattr(quantizer, "is_on", not isinstance(quantizer, nn.Identity)) else None
+
     def round(self, name: str, output: Any) -> Any:
         """Round what a watched function has returned."""
         if name not in self.functions:
@@ -97,11 +159,17 @@ class _Watch(TorchFunctionMode):
         self.quantizers = quantizers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         if not _running or _running[-1] is not self.quantizers:
-            return output
+            return func(*args, **kwargs)
+        name = function_name(func)
+        probabilities = self.quantizers.attends(name)
+        if probabilities is None:
+            output = func(*args, **kwargs)
         with unwatched:
-            return self.quantizers.round(function_name(func), output)
+            if probabilities is not None:
+                output = attend(*args, **kwargs, rounded=probabilities)
+            return self.quantizers.round(name, output)
 
 
 def _kind(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from lightning_compress.quantization.layers import (
     Range,
     WeightQuantizer,
 )
-from lightning_compress.quantization.placement import Place, Placement, place
+from lightning_compress.quantization.placement import Place, Placement, parameters_read, place
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _PROJECTIONS = ("in_proj", "q_proj", "k_proj", "v_proj")
@@ -254,6 +255,7 @@ def _choose(
         else:
             chosen[name] = layer
     _choose_projections(chosen, insertion, modules, exclude or ())
+    _separate_reads(module, chosen, insertion)
     _separate_ties(chosen, insertion, modules)
     if not chosen:
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in insertion.skipped.items())
@@ -308,6 +310,25 @@ def _why_not(layer: nn.Module, settings: Settings) -> str:
             if length % settings.granularity:
                 return f"its {length} weights an output are no multiple of the group of {settings.granularity}"
     return ""
+
+
+def _separate_reads(module: nn.Module, chosen: dict[str, nn.Module], insertion: Insertion) -> None:
+    """Leave a weight float that a forward reads itself as well: it would compute with other numbers than the layer."""
+    ids = {id(layer) for layer in chosen.values()}
+
+    def read(module: nn.Module) -> set[int]:
+        if not any(True for _ in module.children()) or ids.isdisjoint(map(id, module.modules())):
+            return set()
+        if _has_forward(module):
+            with contextlib.suppress(Exception):  # whatever a forward may raise on symbols
+                return parameters_read(module, lambda layer: id(layer) in ids)
+        return set().union(*map(read, module.children()))
+
+    found = read(module)
+    for name, layer in list(chosen.items()):
+        if id(getattr(layer, "weight", None)) in found:
+            insertion.skipped[name] = "its weight is read outside of it too"
+            del chosen[name]
 
 
 def _separate_ties(chosen: dict[str, nn.Module], insertion: Insertion, modules: Mapping[str, nn.Module]) -> None:
@@ -457,7 +478,10 @@ class _Placer:
         if hasattr(module, "functional_quantizers"):
             return  # another QuantizationAwareTraining rounds here already
         shared.update({found.tensor: self.make_for(found) for found in places})
-        quantizers: dict[str, nn.Module] = {f"{found.use}_{found.index}": shared[found.tensor] for found in places}
+        quantizers: dict[str, nn.Module] = {
+            "_".join(map(str, (found.use, found.index, *filter(None, [found.part])))): shared[found.tensor]
+            for found in places
+        }
         functions = {found.function for found in places}
         functional.watch(module, functional.FunctionalQuantizers(functions, calls, quantizers))
 

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_compress.quantization.functional import function_name, unwatch
+from lightning_compress.quantization.functional import ATTENTION, function_name, unwatch
 from lightning_compress.quantization.layers import QUANTIZED
 
 # Move numbers and change none, or only cut them off at 0.
@@ -97,6 +97,7 @@ class Place:
         index: Which call it is among those of the watched functions in one run of the module's forward.
         is_rectified: Whether a ReLU and nothing else comes next.
         is_probability: Whether the numbers lie in [0, 1].
+        part: ``"probabilities"`` for those within an attention that is a function; else the result is rounded.
     """
 
     kind: str
@@ -107,6 +108,7 @@ class Place:
     index: int = 0
     is_rectified: bool = False
     is_probability: bool = False
+    part: str = ""
 
 
 @dataclass
@@ -270,6 +272,17 @@ def trace(module: nn.Module, is_target: Callable[[nn.Module], bool]) -> _Tracer:
     return found[0]
 
 
+def parameters_read(module: nn.Module, is_target: Callable[[nn.Module], bool]) -> set[int]:
+    """Return the parameters, by identity, that forwards read themselves, such as a weight that is used a second time.
+
+    Raises:
+        Exception: Whatever tracing raises; the module cannot be traced then.
+    """
+    nodes = trace(module, is_target).graph.nodes
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {id(parameters[str(node.target)]) for node in nodes if str(node.target) in parameters}
+
+
 def place(module: nn.Module, is_target: Callable[[nn.Module], bool]) -> Placement:
     """Return where the activations of a module are rounded, so that its layers find integers.
 
@@ -337,15 +350,21 @@ class _Planner:
         if node not in self._reaches:
             self._reaches[node] = False
             self._reaches[node] = any(
-                self.is_integer(user) or (self.is_moving(user) and self.reaches(user)) for user in node.users
+                self.reads(user, node) or (self.is_moving(user) and self.reaches(user)) for user in node.users
             )
         return self._reaches[node]
+
+    def reads(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether a runtime can compute a node with integers of another."""
+        if name_of(node) == ATTENTION:  # and with a float mask
+            return source in (*node.args[:3], *(node.kwargs.get(name) for name in ("query", "key", "value")))
+        return self.is_integer(node)
 
     def is_integer(self, node: fx.Node) -> bool:
         """Whether a runtime can compute a node with integers."""
         if self.is_layer(node):
             return not isinstance(self.module_of(node), nn.Embedding)  # that reads indices
-        if name_of(node) in _MATRIX:
+        if name_of(node) in _MATRIX or name_of(node) == ATTENTION:
             return True
         return self.is_arithmetic(node) and self.reaches(node)
 
@@ -353,7 +372,7 @@ class _Planner:
         """Return the integer nodes that read a tensor, each with the argument that it comes by."""
         found = []
         for user in node.users:
-            if self.is_integer(user):
+            if self.reads(user, node):
                 found.append((user, node))
             elif self.is_moving(user):
                 found += self.readers(user)
@@ -431,11 +450,17 @@ class _Planner:
 
     def _add_functional(self, functional: dict[fx.Node, Place]) -> None:
         watched = {(place.module, place.function) for place in functional.values()}
+        watched |= {(call.caller, ATTENTION) for call in self.calls if call.function == ATTENTION}
         for call in self.calls:
             runs = self.result.calls.setdefault(call.caller, [])
             runs += [0] * (call.run + 1 - len(runs))
             if (call.caller, call.function) not in watched:
                 continue
+            where: dict[str, Any] = {"use": call.run, "index": runs[call.run]}
             if call.node in functional:
-                self.result.places.append(replace(functional[call.node], use=call.run, index=runs[call.run]))
+                self.result.places.append(replace(functional[call.node], **where))
+            if call.function == ATTENTION and call.node is not None:
+                number = len(self.nodes) + self.nodes.index(call.node)  # a tensor that has no node
+                probabilities = Place("functional", call.caller, tensor=number, function=ATTENTION, **where)
+                self.result.places.append(replace(probabilities, part="probabilities", is_probability=True))
             runs[call.run] += 1

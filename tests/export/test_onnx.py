@@ -17,6 +17,7 @@ from examples.models import ResidualCNN
 from lightning_compress.example_inputs import ExampleInputs
 from lightning_compress.export import export_onnx, integer_kernels
 from tests.quantization.networks import (
+    Attending,
     Encoder,
     Moving,
     Tied,
@@ -39,6 +40,14 @@ X = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
 def _normal(*shape: int, seed: int) -> Tensor:
     # In nets of random weights one inner number that onnxruntime rounds to its neighbour moves nine outputs.
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Shuffled(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            *(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.PixelShuffle(2), nn.Conv2d(2, 4, 3)),
+            *(nn.ReLU(), nn.Flatten(), nn.Linear(400, 5)),
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +130,8 @@ def test_a_float_module_is_written_as_it_is(tmp_path: Path) -> None:
         pytest.param(mlp, (X,), {"granularity": 32}, 0, 3, id="mlp-groups"),
         pytest.param(Moving, (_normal(8, 1, 10, 10, seed=1),), {}, 4, 0, id="moving"),
         pytest.param(Encoder, (X.view(16, 4, 16),), {}, 9, 0, id="encoder"),
+        pytest.param(Attending, (_normal(16, 6, 16, seed=1),), {}, 4, 0, id="attention"),
+        pytest.param(Shuffled, (X.view(16, 1, 8, 8),), {}, 3, 0, id="pixel-shuffle"),
         pytest.param(Encoder, (X.view(16, 4, 16),), {"granularity": 16, "weight_bits": 4}, 2, 7, id="encoder-groups"),
         # onnxruntime has no integer kernel for transposed convolutions, and none for one whose result is not rounded.
         pytest.param(transposed, (_normal(4, 3, 6, 6, seed=2),), {}, 1, 2, id="transposed-one-output"),

@@ -77,6 +77,19 @@ class Encoder(nn.Module):
         return self.head(self.layer(x).mean(1))
 
 
+class Attending(nn.Module):
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 4)
+        self.bias = nn.Linear(16, 6 * 6) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        mask = None if self.bias is None else self.bias(x.mean(1)).view(-1, 1, 6, 6)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from lightning_compress.quantization.functional import _Watch, _WatchedForward
+from lightning_compress.quantization.functional import _Watch, _WatchedForward, attend
 from lightning_compress.quantization.insertion import Insertion, Settings, dequantize, insert, insertions
 from lightning_compress.quantization.layers import (
     ActivationQuantizer,
@@ -23,6 +24,7 @@ from lightning_compress.quantization.layers import (
     Quantizer,
     WeightQuantizer,
 )
+from tests.quantization.networks import Attending
 
 LEARNED = Settings(range="learned")
 
@@ -968,6 +970,24 @@ def test_a_watched_forward_costs_nothing_before_it_rounds(
     assert all(quantizer.has_seen for quantizer in insertion.observers.values())
 
 
+class Decoding(nn.Module):
+    """An autoencoder whose decoder is the encoder's weight, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.code = nn.Linear(8, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.relu(self.code(self.encoder(x))), self.encoder.weight.t())
+
+
+def test_a_weight_that_a_forward_reads_itself_stays_float() -> None:
+    net = Decoding()
+    insertion = insert(net, Settings())
+    assert insertion.skipped == {"encoder": "its weight is read outside of it too"}
+    assert list(insertion.layers) == ["code"]
+
+
 class Between(nn.Module):
     def __init__(self, function: Any) -> None:
         super().__init__()
@@ -1004,3 +1024,57 @@ def test_what_operators_return_is_rounded(function: Any) -> None:
         insertion.start_pass()
         net.train(mode)(x)
     assert [len(each.unique()) <= 4 for each in seen] == [True, True]
+
+
+# --- attention that is a function -------------------------------------------------------------------------------------
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"scale": 0.3},
+        {"is_causal": True},
+        {"attn_mask": torch.ones(6, 6, dtype=torch.bool).tril(-1)},  # the first row sees nothing
+        {"attn_mask": torch.randn(6, 6, generator=torch.Generator().manual_seed(1))},
+        {"attn_mask": torch.full((6, 6), -torch.inf).triu(1)},
+        {"enable_gqa": True},
+    ],
+)
+def test_attention_is_that_of_torch(arguments: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    heads = 2 if "enable_gqa" in arguments else 4
+    q, k, v = torch.randn(3, 4, 6, 8), torch.randn(3, heads, 6, 8), torch.randn(3, heads, 6, 5)
+    torch.testing.assert_close(
+        attend(q, k, v, **arguments, rounded=_same), F.scaled_dot_product_attention(q, k, v, **arguments)
+    )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_attention_that_is_a_function_multiplies_rounded_tensors(bias: bool) -> None:
+    torch.manual_seed(0)
+    net, x = Attending(bias), torch.randn(32, 6, 16)
+    expected = net(x)
+    insertion = insert(net, Settings(activation_bits=3))
+    assert torch.equal(net(x), expected)  # off: torch's own attention
+    insertion.switch(True)
+    insertion.observe(True)
+    seen: dict[str, list[Tensor]] = {"matmul": [], "add": []}
+
+    class See(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.__name__ in seen:
+                seen[func.__name__] += [each for each in args if getattr(each, "ndim", 0) == 4]
+            return func(*args, **(kwargs or {}))
+
+    with See():
+        insertion.start_pass()
+        net(x).sum().backward()
+    assert [len(each.unique()) <= 8 for each in seen["matmul"]] == [True] * 4  # q, k; probabilities, v
+    assert [len(each.unique()) > 100 for each in seen["add"][1::2]] == [True] * bias  # the mask
+    insertion.switch(False)
+    assert torch.equal(net(x), expected)
