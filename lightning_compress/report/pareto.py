@@ -289,7 +289,8 @@ def _overrides(path: Path) -> list[str]:
         if file.exists():
             import yaml  # type: ignore[import-untyped]
 
-            return [str(override) for override in yaml.safe_load(file.read_text(encoding="utf-8")) or []]
+            overrides = [str(override) for override in yaml.safe_load(file.read_text(encoding="utf-8")) or []]
+            return [override for override in overrides if "$" not in override]  # a reference, most often to a folder
     return []
 
 
@@ -407,6 +408,9 @@ def _draw(axes: Axes, comparison: Comparison, axis: str, title: str) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5))
+        if max(costs) < 1.2 * min(costs):  # a closer look would show noise
+            middle = (max(costs) + min(costs)) / 2.0
+            axes.set_xlim(0.85 * middle, 1.15 * middle)
     spell = spell_bytes if axis == "size" else lambda ms: f"{ms:.3g} ms"
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: spell(value) if value > 0.0 else "0"))
     axes.margins(x=0.12, y=0.14)

@@ -173,7 +173,7 @@ def test_latencies_that_cannot_be_compared_are_said_to_be(tmp_path: Path, figure
         ),
         ([["a.lr=1", "b.lr=2"], ["a.lr=3", "b.lr=2"]], ["lr=1", "lr=3"]),
         ([["a.lr=1", "b.lr=2"], ["a.lr=3", "b.lr=4"]], ["a.lr=1 b.lr=2", "a.lr=3 b.lr=4"]),
-        ([["seed=1"], ["seed=1"]], ["0", "1"]),
+        ([["seed=1", "dir=$\\{hydra\\:x\\}"], ["seed=1"]], ["0", "1"]),
         ([None, ["~b", "+seed=1"]], ["0", "b seed=1"]),
     ],
 )
