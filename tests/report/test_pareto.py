@@ -51,9 +51,15 @@ def write(folder: Path, figures: dict[str, Any], overrides: list[str] | None = N
 
 def exported(size: int, ms: float) -> list[dict[str, Any]]:
     latency = {batch: {"ms": ms, "fastest_ms": ms, "repeats": 9, "unsure": False} for batch in ("1", "64")}
-    onnx = {"format": "onnx", "path": "model.onnx", "bytes": size, "metrics": {}, "latency": latency}
-    packed = {"format": "safetensors", "path": "model.safetensors", "bytes": size // 2, "latency": None}
-    return [onnx, {**onnx, **packed, "metrics": {"score": 0.125}}]
+    onnx = {"format": "onnx", "bytes": size, "metrics": {}, "runtime": "onnxruntime", "latency": latency}
+    packed = {
+        "format": "safetensors",
+        "bytes": size // 2,
+        "metrics": {"score": 0.125},
+        "runtime": None,
+        "latency": None,
+    }
+    return [{"path": f"model.{file['format']}", **file} for file in (onnx, packed)]
 
 
 # The front
