@@ -16,7 +16,7 @@ from pathlib import Path
 import hydra
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +50,14 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
-def main(cfg: DictConfig) -> float | None:
-    """Run, write `metrics.json` beside the logs, and hand a sweeper the metric that it optimizes."""
+def main(cfg: DictConfig) -> float | list[float] | None:
+    """Run, write `metrics.json` beside the logs, and hand a sweeper the metric that it optimizes, or several."""
     metrics = train(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     log.info("%s: %s", folder, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    if isinstance(cfg.optimized_metric, ListConfig):
+        return [metrics[name] for name in cfg.optimized_metric]
     return metrics.get(cfg.optimized_metric)
 
 

@@ -266,7 +266,8 @@ class AccuracyGuard(Callback):
         hint = f" Did you mean '{close[0]}'?" if close else ""
         return ValueError(
             f"AccuracyGuard(monitor='{self.monitor}'): neither validation nor the training steps have logged such a "
-            f"metric. Logged: {', '.join(logged) or 'nothing'}.{hint}"
+            f"metric. Logged: {', '.join(logged) or 'nothing'}.{hint} A metric that is not logged each time has to be "
+            f"logged the first time too."
         )
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -421,12 +422,18 @@ class AccuracyGuard(Callback):
             self._return_to(trainer, pl_module, state.good)
             for average in _averages(trainer):
                 _write(_tensors(pl_module), _tensors(average))  # validation sees the average, and the run ends with it
-            trainer.callback_metrics.update({name: torch.tensor(v) for name, v in state.good["metrics"].items()})
-            publish_compressed_metrics(trainer, pl_module)
             state.proven_step = steps_done(trainer, pl_module)
             self._record(trainer, pl_module, "restore", state.last_value, stage, state.good["step"])
+        if self.can_roll_back and state.good is not None and self._has_just_returned(trainer, pl_module):
+            # The last evaluation was of the model that is no more.
+            trainer.callback_metrics.update({name: torch.tensor(v) for name, v in state.good["metrics"].items()})
+            publish_compressed_metrics(trainer, pl_module)
         self._sum_up(pl_module)
         self._is_running = False
+
+    def _has_just_returned(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        last = self._state.events[-1] if self._state.events else {"returned_to": None}
+        return last["returned_to"] is not None and last["step"] == steps_done(trainer, pl_module)
 
     def _sum_up(self, pl_module: LightningModule) -> None:
         state = self._state

@@ -393,7 +393,7 @@ class SparsityRegularization(Callback):
 
     def summary(self) -> str:
         """Return one line that says what is penalized, and how strongly."""
-        names = [target.module_name for target, _ in self._targets]
+        names = list(dict.fromkeys(target.module_name for target, _ in self._targets))
         count = sum(target.parameter.numel() for target, _ in self._targets)
         values = self.strength if isinstance(self.strength, dict) else {"": self.strength}
         strength = ", ".join(f"{value} {pattern}".strip() for pattern, value in values.items())
@@ -448,6 +448,11 @@ def _scales(
         if matching and scale.dim() == 1:
             taken.setdefault(id(scale), Target(f"{name}.weight", name, child, "weight"))
             fruitful.update(matching)
+    if include is None and exclude is None and not taken:
+        raise ValueError(
+            f"`penalty='batchnorm_scale'` finds no batch norm with a scale in {type(module).__name__}. Take "
+            f"`penalty='group_lasso'`, or give the full name of a norm of another kind in `include`."
+        )
     for pattern in include or ("*",):
         if pattern not in fruitful:
             raise ValueError(

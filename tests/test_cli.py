@@ -1,28 +1,23 @@
-"""Case 7: a moment means the same through LightningCLI, YAML files, Hydra overrides and Python."""
+"""LightningCLI: what a command line can say. (Case 7, moments through every door, is in test_hydra.)"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
+import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_compress import GradualPruning
-from lightning_compress.moments import Moment
 from tests.helpers import Net
 
 # Lightning uses parts of jsonargparse that are on their way out.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
-MOMENTS = {
-    "1": Moment(1, "steps"),
-    "1.0": Moment(1.0, "fraction"),
-    "1e-1": Moment(0.1, "fraction"),
-    "0.5": Moment(0.5, "fraction"),
-    "3ep": Moment(3.0, "epochs"),
-}
+
+CONF = Path(__file__).parents[1] / "conf/compress"
+CALLBACKS = sorted(path.stem for path in CONF.glob("*.yaml") if "defaults:" not in path.read_text())
 
 
 class CLINet(Net):
@@ -47,35 +42,6 @@ def pruning_of(cli: Any) -> GradualPruning:
     return next(callback for callback in cli.trainer.callbacks if isinstance(callback, GradualPruning))
 
 
-@pytest.mark.parametrize("text", MOMENTS)
-def test_case_7_one_moment_through_four_doors(tmp_path: Path, text: str) -> None:
-    expected = MOMENTS[text]
-    begin = "--trainer.callbacks.begin=0"
-    assert (
-        pruning_of(
-            cli("--trainer.callbacks+=lightning_compress.GradualPruning", f"--trainer.callbacks.end={text}", begin)
-        ).end
-        == expected
-    )
-
-    (tmp_path / "config.yaml").write_text(
-        "trainer:\n  callbacks:\n  - class_path: lightning_compress.GradualPruning\n    init_args:\n"
-        f"      begin: 0\n      end: {text}\n"
-    )
-    assert pruning_of(cli(f"--config={tmp_path / 'config.yaml'}")).end == expected
-
-    (tmp_path / "hydra.yaml").write_text("_target_: lightning_compress.GradualPruning\nbegin: 0\nend: 0\n")
-    with hydra.initialize_config_dir(str(tmp_path), version_base=None):
-        assert hydra.utils.instantiate(hydra.compose("hydra", [f"end={text}"])).end == expected
-
-    (tmp_path / "file.yaml").write_text(f"_target_: lightning_compress.GradualPruning\nbegin: 0\nend: {text}\n")
-    with hydra.initialize_config_dir(str(tmp_path), version_base=None):
-        assert hydra.utils.instantiate(hydra.compose("file")).end == expected
-
-    value: Any = {"1": 1, "1.0": 1.0, "1e-1": 1e-1, "0.5": 0.5, "3ep": "3ep"}[text]
-    assert GradualPruning(begin=0, end=value).end == expected
-
-
 def test_other_arguments_through_the_cli() -> None:
     made = pruning_of(
         cli(
@@ -90,3 +56,15 @@ def test_other_arguments_through_the_cli() -> None:
     assert made.exclude == ("net.4",)
     assert made.final_sparsity == {"net.0": 0.5, "net.2": 0.8}
     assert made.scope == "erk"
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_each_callback_is_made_from_a_config_file_with_all_its_arguments(name: str, tmp_path: Path) -> None:
+    written = yaml.safe_load((CONF / f"{name}.yaml").read_text())[name]
+    target = written.pop("_target_")
+    given = {"teacher": "ema", "monitor": "val_acc", "dir": "files"}  # what only a user can know
+    arguments = {key: given.get(key, value) for key, value in written.items()}
+    config = {"trainer": {"callbacks": [{"class_path": target, "init_args": arguments}]}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    made = cli(f"--config={tmp_path / 'config.yaml'}").trainer.callbacks
+    assert [type(callback).__name__ for callback in made].count(target.rpartition(".")[2]) == 1

@@ -1,4 +1,4 @@
-"""The code of the pages that have no test of their own runs."""
+"""The code of the README and of each page runs, the blocks of a page one after another."""
 
 from __future__ import annotations
 
@@ -26,13 +26,9 @@ data = Data()
 
 
 PAGES = [
-    "README.md",
-    "docs/distillation.md",
-    "docs/export.md",
-    "docs/pruning.md",
-    "docs/quantization.md",
-    "docs/regularization.md",
-    "docs/removal.md",
+    page.relative_to(ROOT).as_posix()
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if BLOCK.search(page.read_text())
 ]
 
 

@@ -99,6 +99,9 @@ def test_a_file_says_what_the_signature_says(name: str) -> None:
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_a_callback_is_made_from_its_file_as_it_stands(name: str) -> None:
     config = OmegaConf.create(OmegaConf.to_container(FILES[name][name]))
+    for argument, written in OmegaConf.to_container(config).items():
+        if "${hydra:" in str(written):  # there is a folder only where an app runs
+            config[argument] = "export"
     for argument in OmegaConf.missing_keys(config):  # `???`: only the user can know it
         config[argument] = "val_acc"
     assert isinstance(hydra.utils.instantiate(config), Callback)
@@ -109,6 +112,8 @@ def test_a_recipe_makes_callbacks_of_ours_only(name: str, app: Path) -> None:
     asked = ["callbacks.distillation.teacher=ema"] if name.endswith("distill") else []  # `???` in the file
     callbacks = compose(app, f"+compress@callbacks={name}", *asked).callbacks
     made = {name: entry for name, entry in callbacks.items() if name != "own"}
+    if "export" in made:
+        made["export"].dir = "export"  # the file's is a folder that only a running app has
     assert len(made) > 1
     for entry in made.values():
         assert entry._target_.startswith("lightning_compress.")
@@ -136,6 +141,15 @@ def test_callbacks_join_those_of_the_app(app: Path, group: str, asked: str, give
     assert list(config) == ["callbacks", "lr"]
     assert list(config.callbacks) == ["own", *given]
     assert config.callbacks.own == {"_target_": "collections.Counter"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_app_with_another_key_gets_the_same(name: str, app: Path) -> None:
+    usual, other = compose(app, f"+compress@callbacks={name}"), compose(app, f"+compress@trainer.own_key={name}")
+    del usual.callbacks.own
+    # a recipe says `- pruning@_here_`: without it, its files go to `callbacks`, and the recipe's own values elsewhere
+    assert other.trainer.own_key == usual.callbacks
+    assert list(other.callbacks) == ["own"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -236,7 +250,13 @@ def test_a_package_that_is_gone_adds_nothing(app: Path, monkeypatch: pytest.Monk
 
 # --- what callbacks are given -----------------------------------------------------------------------------------------
 
-MOMENTS = {"1": (1.0, "steps"), "1.0": (1.0, "fraction"), "1e-1": (0.1, "fraction"), "3ep": (3.0, "epochs")}
+MOMENTS = {
+    "1": (1.0, "steps"),
+    "1.0": (1.0, "fraction"),
+    "1e-1": (0.1, "fraction"),
+    "0.5": (0.5, "fraction"),
+    "3ep": (3.0, "epochs"),
+}
 
 
 def by_override(app: Path, written: str) -> Any:
@@ -281,7 +301,7 @@ def test_a_moment_is_the_same_through_every_door(
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of how Lightning 2.6 calls it
     value, unit = MOMENTS[written]
     assert door(app, written).end == Moment(value, unit)
-    python = {"1": 1, "1.0": 1.0, "1e-1": 0.1, "3ep": "3ep"}[written]
+    python: Any = {"1": 1, "1.0": 1.0, "1e-1": 0.1, "0.5": 0.5, "3ep": "3ep"}[written]
     assert GradualPruning(begin=0, end=python).end == Moment(value, unit)
 
 

@@ -598,12 +598,30 @@ def test_what_fits_no_module_or_run_is_refused_by_name(tmp_path: Path, kwargs: d
         fit(tmp_path, seeded(Doubled), [SparsityRegularization(**kwargs)])
 
 
+def test_scales_that_are_not_there_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    message = r"finds no batch norm with a scale in Net\. Take `penalty='group_lasso'`"
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, seeded(Net), [SparsityRegularization("batchnorm_scale")])
+    module = seeded(Net)
+    module.net.insert(1, nn.BatchNorm1d(16, affine=False))
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, module, [SparsityRegularization("batchnorm_scale")])
+
+
 def test_a_norm_of_another_kind_is_taken_by_its_full_name(tmp_path: Path) -> None:
     module = seeded(Doubled)
     module.net[3] = nn.LayerNorm(16).double()
     callback = SparsityRegularization("batchnorm_scale", 0.1, include=["net.3"])
     fit(tmp_path, module, [callback])
     assert callback.summary().startswith("batchnorm_scale on 16 weights of 1 layers (net.3), strength 0.1")
+
+
+def test_a_layer_with_several_weights_is_named_once(tmp_path: Path) -> None:
+    module = seeded(Doubled)
+    module.memory = nn.LSTM(3, 4)
+    callback = SparsityRegularization("group_lasso", 0.1, include=["memory", "net.0"])
+    fit(tmp_path, module, [callback])
+    assert callback.summary().startswith("group_lasso on 304 weights of 2 layers (net.0, memory)")
 
 
 def test_a_proximal_penalty_needs_a_rate(tmp_path: Path) -> None:
@@ -817,19 +835,6 @@ def test_the_recipe_slims_a_network(tmp_path: Path) -> None:
     x, y = next(iter(Pictures()))
     assert torch.allclose(smaller.eval()(x), module.eval()(x), atol=1e-5)
     assert (smaller(x).argmax(1) == y).float().mean() > 0.9
-
-
-# --- documentation ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_the_page_runs() -> None:
-    page = ROOT / "docs/regularization.md"
-    blocks = [part.split("```")[0] for part in page.read_text().split("```python\n")[1:]]
-    assert len(blocks) == 4
-    names: dict[str, Any] = {"__name__": "page"}
-    for block in blocks:
-        exec(compile(block, str(page), "exec", dont_inherit=True), names)
 
 
 # --- sharded parameters -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -36,7 +37,8 @@ class ExportCompressed(Callback):
     ``model.onnx``, ``model.pt2``, ``model.safetensors``, of the module without the pruned channels and heads where
     there is one. Written is the LightningModule itself where its forward is called, else the child that its steps call
     (``self.net(x)``). Integers are stored as integers, the batch may have any size, and the metadata holds sparsity,
-    bits, the last metrics, versions and the git revision. What became of each file is in the attribute `files`.
+    bits, the last metrics, versions and the git revision. What became of each file is in the attribute `files`, and its
+    size in ``trainer.callback_metrics``, as ``compress/onnx_bytes``, for a sweeper to make smaller.
 
     The inputs that an exporter needs are ``example_input_array``, else what the forward received in the last
     validation, else in the first training batch.
@@ -208,6 +210,9 @@ class ExportCompressed(Callback):
             rank_zero_warn(f"ExportCompressed: not left in {self.dir}: {', '.join(rejected)}.")
         if written := [str(file) for file in self.files if file.agrees]:
             rank_zero_info(f"ExportCompressed: {', '.join(written)} written to {self.dir}.")
+        # a sweeper asks an app for a metric, and the size of a file is one
+        sizes = {f"compress/{file.format}_bytes": torch.tensor(float(file.bytes)) for file in self.files if file.agrees}
+        trainer.callback_metrics.update(sizes)
 
     def _inputs(self, pl_module: LightningModule) -> tuple[str, ExampleInputs]:
         if pl_module.example_input_array is not None:

@@ -130,7 +130,7 @@ def write_file(
 
 
 def _judged(file: ExportedFile, written: Path, module: nn.Module, inputs: Inputs | None, judge: Judge) -> ExportedFile:
-    comparison, problem = Comparison(module), None
+    comparison, problem = Comparison(module, file.format), None
     try:
         judge(open_file(file.format, written, module, () if inputs is None else inputs), comparison)
     except Exception as error:  # whatever a runtime raises: a file that does not run is none

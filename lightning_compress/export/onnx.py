@@ -65,6 +65,9 @@ _INTEGER_KERNELS = {
     "QLinearConv",
     "QLinearMatMul",
 }
+# Compute each number, or each row, for itself.
+_ELEMENTWISE = {"Erf", "Gelu", "Relu", "Round", "Sigmoid", "Tanh"}
+_ELEMENTWISE_PAIRS = {"Add", "Div", "Mul", "Sub"}
 _WEIGHT_ONLY_KERNELS = {"MatMulNBits", "MatMulBnb4"}
 _FLOAT_KERNELS = {
     "Attention",
@@ -135,7 +138,7 @@ def integer_kernels(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return which kernels onnxruntime runs a file's convolutions and matrix products on, in its optimized graph.
 
     Returns:
-        ``integer``, ``weight_only`` (integer weights, float arithmetic) and ``float``: how many there are;
+        ``integer``, ``weight_only`` (integer weights, float activations) and ``float``: how many there are;
         ``float_nodes``: ``"name (operator)"`` of each float one.
 
     Raises:
@@ -234,6 +237,8 @@ class _Lowering:
         self.ir: Any = ir
         self.graph = model.graph
         self.constants: dict[Any, ir.Value] = {}
+        self.rows: dict[Any, tuple[ir.Value, ir.Value]] = {}
+        """Tensors, the matrices of their rows, and the form that makes the tensors of the matrices."""
         values = (*model.graph.inputs, *model.graph.initializers.values(), *(v for n in model.graph for v in n.outputs))
         self.names = {value.name for value in values} | {node.name for node in model.graph}
 
@@ -243,6 +248,8 @@ class _Lowering:
         self._pool()
         self._split_constants()
         self._join_biases()
+        self._stay_flat()
+        self._remove_unused()
         self._merge_rounds()
         for node in self._nodes("Round"):
             self._hoist(node)
@@ -251,6 +258,7 @@ class _Lowering:
         for node in self._nodes("Dequantize"):
             self._lower_weight(node)
         self._fold_factors()
+        self._separate_clips()
         self._join_reshapes()
         self._remove_unused()
         self.graph.sort()
@@ -285,12 +293,13 @@ class _Lowering:
         self.names.add(name)
         return name
 
-    def _insert(self, where: ir.Node, kind: str, inputs: list[Any], name: str, **attributes: Any) -> ir.Value:
-        """Insert a node before another one."""
+    def _insert(
+        self, where: ir.Node, kind: str, inputs: list[Any], name: str, domain: str = "", **attributes: Any
+    ) -> ir.Value:
+        """Insert a node before another one; returns its result."""
         name = self._unique(name)
-        node = self.ir.Node(
-            "", kind, inputs, self.ir.convenience.convert_attributes(attributes), num_outputs=1, name=name
-        )
+        values = self.ir.convenience.convert_attributes(attributes)
+        node = self.ir.Node(domain, kind, inputs, values, num_outputs=1, name=name)
         node.outputs[0].name = name
         self.graph.insert_before(where, node)
         return node.outputs[0]
@@ -355,7 +364,68 @@ class _Lowering:
             inputs = [matrices[source], weight.outputs[0], bias]
             rows = self._insert(product, "Gemm", inputs, f"{add.outputs[0].name}_matrix", transB=1)
             form = self._constant(np.array(sizes), "shape")
-            self._replace(add.outputs[0], self._insert(add, "Reshape", [rows, form], f"{add.outputs[0].name}_shaped"))
+            self._replace(add.outputs[0], self._shaped(add, rows, form))
+
+    def _shaped(self, where: ir.Node, rows: ir.Value, form: ir.Value) -> ir.Value:
+        """Return a matrix in the form of a node's result."""
+        old = where.outputs[0]
+        new = self._insert(where, "Reshape", [rows, form], f"{old.name}_shaped")
+        new.type, new.shape = old.type, old.shape
+        self.rows[new] = rows, form
+        return new
+
+    def _stay_flat(self) -> None:
+        """Compute on matrices what stands between products of rows: sums, norms and activations need no other form."""
+        done: set[Any] = set()
+        while pending := [value for value in self.rows if value not in done]:
+            done.update(pending)
+            for value in pending:
+                for user in dict.fromkeys(user for user, _ in value.uses()):
+                    self._flatten(user, value)
+
+    def _flatten(self, user: ir.Node, value: ir.Value) -> None:
+        """Let a reader of a reshaped matrix compute on the matrix, if it can."""
+        (rows, form), kind = self.rows[value], user.op_type
+        width = int(self._array(form)[-1])
+        if kind == "Reshape":
+            is_matrix = user.inputs[0] is value and np.array_equal(self._array(user.inputs[1]), [-1, width])
+            if is_matrix and user is not rows.producer():
+                self._replace(user.outputs[0], rows)
+                self.graph.remove(user, safe=True)
+            return
+        if kind in _ELEMENTWISE:
+            inputs: list[Any] = [rows]
+        elif kind == "LayerNormalization" and user.inputs[0] is value and len(user.outputs) == 1:
+            if self._attribute(user, "axis", -1) not in (-1, len(self._array(form)) - 1):
+                return
+            inputs = [rows, *user.inputs[1:]]
+        elif kind in _ELEMENTWISE_PAIRS and not user.domain:
+            inputs = [self._as_rows(user, each, value) for each in user.inputs]
+            if any(each is None for each in inputs):
+                return
+        else:
+            return
+        attributes = {name: attribute.value for name, attribute in user.attributes.items()}
+        result = self._insert(user, kind, inputs, f"{user.outputs[0].name}_rows", domain=user.domain, **attributes)
+        self._replace(user.outputs[0], self._shaped(user, result, form))
+        self.graph.remove(user, safe=True)
+
+    def _as_rows(self, where: ir.Node, other: Any, value: ir.Value) -> ir.Value | None:
+        """Return an operand beside a reshaped matrix (or that itself) as it has to be beside the matrix."""
+        form = self.rows[value][1]
+        width = int(self._array(form)[-1])
+        if other in self.rows and other.shape == value.shape:
+            return self.rows[other][0]
+        array = self._array(other)
+        if array is not None:
+            return other if array.ndim < 2 and array.size in (1, width) else None
+        shape = other.shape
+        if shape is None or shape != value.shape or any(getattr(size, "value", size) is None for size in shape):
+            return None
+        matrix = self._constant(np.array([-1, width]), "matrix")
+        rows = self._insert(where, "Reshape", [other, matrix], f"{other.name}_matrix")
+        self.rows[other] = rows, form
+        return rows
 
     def _is_rounded(self, value: ir.Value | None) -> bool:
         """Whether a tensor is rounded, or a rounded one that has been moved."""
@@ -382,6 +452,19 @@ class _Lowering:
                 source.replace_input_with(1, self._constant(np.asarray(scale * factor.item(), np.float32), name))
                 self._replace(node.outputs[0], product.outputs[0])
                 break
+
+    def _separate_clips(self) -> None:
+        """Spell the clipping of a product's floats so that runtimes do not join the two on a float kernel."""
+        for node in [*self._nodes("Relu"), *self._nodes("Clip")]:
+            product = node.inputs[0].producer()  # type: ignore[union-attr]
+            if product is None or product.op_type not in ("Gemm", "MatMul") or not self._reads_integers(product):
+                continue
+            value: Any = node.inputs[0]
+            bounds = [self._constant(np.array(0.0, np.float32), "zero")] if node.op_type == "Relu" else node.inputs[1:]
+            for kind, bound in zip(("Max", "Min"), bounds, strict=False):
+                if bound is not None:
+                    value = self._insert(node, kind, [value, bound], f"{node.outputs[0].name}_{kind.lower()}")
+            self._replace(node.outputs[0], value)
 
     def _join_reshapes(self) -> None:
         for node in self._nodes("Reshape"):
@@ -555,7 +638,7 @@ class _Lowering:
                 node, "Mul", [self._constant(weight.scale, f"{weight.name}_scale"), source.inputs[1]], f"{name}_scale"
             )
         )
-        axis = {"axis": 0} if unit.ndim else {}
+        axis: dict[str, Any] = {"axis": 0} if unit.ndim else {}
         inputs = [self._constant(integers, name), scale]
         node.replace_input_with(2, self._insert(node, "DequantizeLinear", inputs, f"{name}_dq", **axis))
 
@@ -679,7 +762,9 @@ class _Weight:
             low._constant(scale, f"{self.name}_scale"),
             low._constant(zero_point, f"{self.name}_zero_point"),
         ]
-        attributes = {} if not scale.ndim else {"axis": axis, **({"block_size": block} if block else {})}
+        attributes: dict[str, Any] = (
+            {} if not scale.ndim else {"axis": axis, **({"block_size": block} if block else {})}
+        )
         suffix = "_transposed_dq" if is_transposed else "_dq"
         return low._insert(where, "DequantizeLinear", inputs, self.name + suffix, **attributes)
 

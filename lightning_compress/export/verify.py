@@ -19,7 +19,7 @@ from lightning_compress.example_inputs import ExampleInputs, named_arguments
 from lightning_compress.export.files import Inputs, as_inputs
 from lightning_compress.export.safetensors import load_compressed
 from lightning_compress.pruning.removal import tensors_of
-from lightning_compress.quantization.layers import ActivationQuantizer
+from lightning_compress.quantization.layers import ActivationQuantizer, Quantizer, WeightQuantizer
 
 SHARE = 0.99
 """Of a model with rounded activations: the share of the numbers that have to lie within the tolerance."""
@@ -172,12 +172,13 @@ def _open_onnx(path: Path, module: nn.Module, inputs: ExampleInputs) -> Callable
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def tolerance(module: nn.Module) -> tuple[float, bool]:
+def tolerance(module: nn.Module, format: str = "") -> tuple[float, bool]:
     """Return how far outputs may differ, as a share of their span, and whether activations are rounded.
 
     A model that computes with floats: √ε of its coarsest type (3.5e-4 for float32). One whose activations are rounded
     to b bits: two steps of such a range, 2 / (2^b − 1), b the fewest bits: a sum in another order can round to the
-    neighbouring integer, and residual chains pass that on.
+    neighbouring integer, and residual chains pass that on. Where weights have a scale for each 16, 32, 64, … of them,
+    onnxruntime rounds what they are multiplied with to 8 bits, unasked, so an ``"onnx"`` file has 8 at most.
 
     Example::
 
@@ -185,12 +186,21 @@ def tolerance(module: nn.Module) -> tuple[float, bool]:
         >>> f"{share:.2g}", is_rounded
         ('0.00035', False)
     """
-    rounding = [child for child in module.modules() if isinstance(child, ActivationQuantizer) and child.is_on]
-    if rounding:
-        return 2.0 / (2 ** min(quantizer.bits for quantizer in rounding) - 1), True
+    quantizers = [child for child in module.modules() if isinstance(child, Quantizer) and child.is_on]
+    bits = [quantizer.bits for quantizer in quantizers if isinstance(quantizer, ActivationQuantizer)]
+    if format == "onnx" and any(_is_multiplied_in_bytes(quantizer) for quantizer in quantizers):
+        bits.append(8)
+    if bits:
+        return 2.0 / (2 ** min(bits) - 1), True
     floats = {tensor.dtype for tensor in module.state_dict().values() if tensor.is_floating_point()}
     epsilon = max(torch.finfo(dtype).eps for dtype in floats | {torch.float32})
     return math.sqrt(epsilon), False
+
+
+def _is_multiplied_in_bytes(quantizer: Quantizer) -> bool:
+    """Whether onnxruntime has a kernel for such groups (MatMulNBits); it takes them to be a power of two."""
+    group = quantizer.granularity if isinstance(quantizer, WeightQuantizer) else None
+    return isinstance(group, int) and group >= 16 and group.bit_count() == 1
 
 
 @dataclass
@@ -221,8 +231,8 @@ class Comparison:
         (0.5, 1.0, 'outputs differ by 0.5 of their span (allowed: 0.00035)')
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.tolerance, self.is_rounded = tolerance(module)
+    def __init__(self, module: nn.Module, format: str = "") -> None:
+        self.tolerance, self.is_rounded = tolerance(module, format)
         self.rows = 0
         self.metrics: dict[str, tuple[float, float]] = {}
         self._outputs: list[_Output] = []

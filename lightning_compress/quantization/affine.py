@@ -128,32 +128,61 @@ def _straight_through(source: Tensor, values: Tensor) -> Tensor:
     return values.detach() + (source - source.detach())
 
 
-def fake_quantize_learned(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+def fake_quantize_learned(x: Tensor, scale: Tensor, zero_point: int, qmin: int, qmax: int) -> Tensor:
     """Return the number that each number is rounded to, with a gradient for `scale` too (LSQ, arXiv 1902.08153).
 
-    ∂/∂scale = round(x/s) − x/s inside of the range, and the clamped integer outside, times
+    ∂/∂scale = round(x/s) − x/s inside of the range, and the clamped integer at its ends and outside, times
     1 / √(numbers that share a scale · qmax), as the paper has it. A scale below `SCALE_FLOOR` counts as that.
 
     Args:
         x: The numbers.
         scale: Broadcasts against `x`.
-        zero_point: Broadcasts against `x`.
+        zero_point: The integer that stands for 0.
         qmin: The lowest integer.
         qmax: The highest integer.
 
     Example::
 
         >>> scale = torch.tensor([0.5], requires_grad=True)
-        >>> fake_quantize_learned(torch.tensor([9.0]), scale, torch.tensor([0]), -1, 1).sum().backward()
+        >>> fake_quantize_learned(torch.tensor([9.0]), scale, 0, -1, 1).sum().backward()
         >>> scale.grad  # the integer 1, one number, qmax 1
         tensor([1.])
     """
     factor = (x.numel() / max(scale.numel(), 1) * max(qmax, 1)) ** -0.5
-    # The gradient passes the floor, so that a scale below it can come back.
-    scale = _straight_through(scale * factor, scale.clamp(min=SCALE_FLOOR))
-    low, high = (qmin - zero_point).to(scale.dtype), (qmax - zero_point).to(scale.dtype)
-    ratio = torch.clamp(_wide(x) / scale, low, high)
-    return (_straight_through(ratio, ratio.round()) * scale).to(x.dtype)
+    low, high, wide = qmin - zero_point, qmax - zero_point, _wide(x)
+    if torch.compiler.is_compiling():
+        # The gradient passes the floor, so that a scale below it can come back.
+        scale = _straight_through(scale * factor, scale.clamp(min=SCALE_FLOOR))
+        ratio = torch.clamp(wide * (1.0 / scale), low, high)
+        return (_straight_through(ratio, ratio.round()) * scale).to(x.dtype)
+    return _RoundLearned.apply(wide, scale, low, high, factor).to(x.dtype)
+
+
+class _RoundLearned(torch.autograd.Function):
+    """Rounds; the gradient of the scale is Σ g·(y − x·[x within the range]) / scale · factor."""
+
+    @staticmethod
+    def forward(ctx, x, scale, low, high, factor):  # type: ignore[no-untyped-def]
+        step = scale.clamp(min=SCALE_FLOOR).to(x.dtype)
+        inverse = 1.0 / step
+        y = x.mul(inverse).round_().clamp_(low, high).mul_(step)
+        ctx.save_for_backward(x, y, inverse, scale)
+        ctx.bounds, ctx.factor = (low, high), factor
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, y, inverse, scale = ctx.saved_tensors
+        within = torch.ops.aten.hardtanh_backward(grad, x * inverse, *ctx.bounds)
+        share = _sum_like(grad, y, scale).sub_(_sum_like(within, x, scale)).mul_(inverse).mul_(ctx.factor)
+        return within, share.to(scale.dtype), None, None, None
+
+
+def _sum_like(x: Tensor, y: Tensor, like: Tensor) -> Tensor:
+    """Return the sums of x · y over what shares an entry of a third tensor, without a product in memory if it can."""
+    if like.numel() == 1:
+        return torch.dot(x.flatten(), y.flatten()).view(like.shape)
+    return (x * y).sum_to_size(like.shape)
 
 
 def round_bias(bias: Tensor, unit: Tensor) -> Tensor:
@@ -174,12 +203,17 @@ def round_bias(bias: Tensor, unit: Tensor) -> Tensor:
 def learned_start(x: Tensor, qmax: int, keep: tuple[int, ...] | None = None) -> Tensor:
     """Return LSQ's first scale, 2 · mean(|x|) / √qmax, with the dimensions other than `keep` averaged over (and kept).
 
+    Zeros do not count: those of a ReLU and of pruned weights are exact with any scale.
+
     Example::
 
-        >>> learned_start(torch.tensor([1.0, -3.0]), 4)
+        >>> learned_start(torch.tensor([1.0, 0.0, -3.0]), 4)
         tensor([2.])
     """
     x = x.detach().float().abs()
-    dims = tuple(d for d in range(x.dim()) if keep is not None and d not in keep) or None
-    mean = x.mean().reshape(1) if keep is None or dims is None else x.mean(dims, keepdim=True)
+    dims = tuple(d for d in range(x.dim()) if keep is not None and d not in keep)
+    if dims:
+        mean = x.sum(dims, keepdim=True) / (x != 0).sum(dims, keepdim=True).clamp(min=1)
+    else:
+        mean = (x.sum() / (x != 0).sum().clamp(min=1)).reshape(1)
     return (2.0 * mean / qmax**0.5).clamp(min=SCALE_FLOOR)

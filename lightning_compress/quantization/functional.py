@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 # Operators that have a reflected and an in-place form.
-_OPERATORS = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"}
+_OPERATORS = {"add", "sub", "mul", "div", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"}
+
+# What tensors call Python's operators.
+_OF_TENSORS = {"truediv": "div", "mod": "remainder"}
 
 _running: list[Any] = []
 """The watched module whose own forward is running, innermost last; ``None`` within one that nobody watches."""
@@ -25,7 +28,8 @@ def function_name(target: Any) -> str:
     if name == "__get__":  # a property
         name = target.__self__.__name__
     name = name.strip("_")
-    return name[1:] if name[:1] in "ir" and name[1:] in _OPERATORS else name
+    name = name[1:] if name[:1] in "ir" and name[1:] in _OPERATORS else name
+    return _OF_TENSORS.get(name, name)
 
 
 class _Own:

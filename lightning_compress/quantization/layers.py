@@ -166,9 +166,7 @@ class WeightQuantizer(Quantizer):
             return _touch(weight, self.scale)
         if self.scale is not None:
             rows = self._rows(weight)
-            zero = torch.zeros((), dtype=torch.int32, device=weight.device)
-            scale = self.scale[:, None]
-            return self._unrow(affine.fake_quantize_learned(rows, scale, zero, self.qmin, self.qmax), weight)
+            return self._unrow(affine.fake_quantize_learned(rows, self.scale[:, None], 0, self.qmin, self.qmax), weight)
         scale, zero_point = self.parameters_of(weight)
         if self.granularity == "channel":
             shape = [1] * weight.dim()
@@ -220,11 +218,9 @@ class ActivationQuantizer(Quantizer):
     def affine_parameters(self) -> tuple[Tensor, Tensor]:
         """Return scale (float32) and zero point (int32), both without dimensions."""
         if self.scale is not None:
-            return self.scale.detach().float().clamp(min=affine.SCALE_FLOOR)[0], self._zero()
+            zero_point = torch.full((), self.zero_point, dtype=torch.int32, device=self.low.device)
+            return self.scale.detach().float().clamp(min=affine.SCALE_FLOOR)[0], zero_point
         return affine.affine_parameters(self.low, self.high, self.bits, "affine")
-
-    def _zero(self) -> Tensor:
-        return torch.full((), self.zero_point, dtype=torch.int32, device=self.low.device)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -262,7 +258,7 @@ class ActivationQuantizer(Quantizer):
         self.zero_point = int(zero_point)
         x = x.relu() if self.is_rectified else x
         levels = max(self.qmax - self.zero_point, self.zero_point - self.qmin)
-        self.scale.copy_(affine.learned_start(x[x != 0] if (x != 0).any() else x, levels))
+        self.scale.copy_(affine.learned_start(x, levels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the rounded activation."""
@@ -270,12 +266,12 @@ class ActivationQuantizer(Quantizer):
             return x
         if not self.is_on:
             return _touch(x, self.scale)
-        if self.is_observing:
+        if self.is_observing and (self.scale is None or not self.has_seen):
             self._observe(x)
         if not self.has_seen:
             return _touch(x, self.scale)
         if self.scale is not None:
-            return affine.fake_quantize_learned(x, self.scale, self._zero(), self.qmin, self.qmax)
+            return affine.fake_quantize_learned(x, self.scale, self.zero_point, self.qmin, self.qmax)
         return affine.fake_quantize(x, *self.affine_parameters(), self.qmin, self.qmax)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_compress.quantization.functional import function_name, unwatch
@@ -216,6 +216,11 @@ def name_of(node: fx.Node) -> str:
     return str(node.args[1]) if node.target is getattr else function_name(node.target)
 
 
+def _is_entry(node: fx.Node) -> bool:
+    """Whether a node takes an entry, such as ``values``, out of a tuple: no function of tensors is called then."""
+    return node.target is getattr and not inspect.isdatadescriptor(getattr(Tensor, name_of(node), None))
+
+
 @contextlib.contextmanager
 def _untouched(module: nn.Module) -> Iterator[None]:
     """Put everything back afterwards: a forward may leave symbols on the modules."""
@@ -385,7 +390,7 @@ class _Planner:
             )
             if module is not None and self.is_plain(module):
                 self.result.places.append(found)
-            elif name_of(node):
+            elif name_of(node) and not _is_entry(node):
                 functional[node] = found
             else:
                 self._at_readers(readers, number)

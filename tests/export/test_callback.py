@@ -120,6 +120,9 @@ def test_channels_are_gone_and_integers_are_integers(tmp_path: Path) -> None:
     torch.testing.assert_close(run_onnx(tmp_path / "files/model.onnx", X), expected, atol=3 * step, rtol=0.0)
     again = load_compressed(tmp_path / "files/model.safetensors", pruning.pruned_module)
     torch.testing.assert_close(again(X).detach(), expected, atol=3 * step, rtol=0.0)
+    sizes = {f"compress/{file.format}_bytes": file.path.stat().st_size for file in callback.files}
+    assert sizes.items() <= run.callback_metrics.items()
+    assert len(sizes) == 2
 
 
 def test_the_module_that_the_steps_call(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from examples.models import ResidualCNN
 from lightning_compress.example_inputs import ExampleInputs
@@ -172,6 +173,33 @@ def test_a_layer_on_rows_of_rows_is_one_integer_kernel(tmp_path: Path) -> None:
     made_by = {name: node.op_type for node in nodes for name in node.output}
     [softmax] = [node for node in nodes if node.op_type == "Softmax"]
     assert made_by[softmax.input[0]] == "MatMul"  # 1 / √(head width) is in a scale
+    # To rows, from q, k and v to heads, from heads to rows, and before the mean: the residual stream stays a matrix.
+    assert kinds["Reshape"] == 6
+
+
+class PreNorm(nn.Module):
+    """A residual stream that begins as the input itself and whose tensor is an output too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(3))
+        self.first, self.gate, self.second = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.shift = nn.Parameter(torch.randn(4, 16))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norms[0](x)
+        x = x + self.second(F.gelu(self.first(y)) * torch.sigmoid(self.gate(y)) / 2.0)
+        x = self.norms[1](x + self.shift) + x
+        x = x - self.second(F.relu(self.first(self.norms[2](x))) * 0.5)
+        return self.head(x)
+
+
+def test_a_residual_stream_of_matrices_is_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = quantized(PreNorm(), X.view(16, 4, 16))
+    kernels = check(tmp_path, net, X.view(16, 4, 16), share=0.98)
+    assert (kernels["integer"], kernels["float"]) == (6, 0)
 
 
 def test_four_bits_agree_to_the_last_integer(tmp_path: Path) -> None:
@@ -276,3 +304,22 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"onnxscript: pip install 'lightning_compress\[export\]'"):
         export_onnx(mlp(), X[:2], tmp_path / "net.onnx")
+
+
+class Clipped(nn.Module):
+    def __init__(self, function: Any, bias: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 32, bias=bias), nn.Linear(32, 4)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.function(self.first(x)) * 0.5 + 0.1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("function", [torch.relu, F.relu6, lambda x: x.clamp(max=0.5)])
+def test_clipped_numbers_that_stay_floats_come_from_an_integer_kernel(
+    function: Any, bias: bool, tmp_path: Path
+) -> None:
+    kernels = check(tmp_path, quantized(Clipped(function, bias), X), X, share=0.98)
+    assert (kernels["integer"], kernels["float"]) == (2, 0)

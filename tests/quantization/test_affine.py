@@ -218,7 +218,7 @@ def test_learned_gradient_is_the_papers(bits: int) -> None:
     qmin, qmax = affine.integer_range(bits, "symmetric")
     scale = torch.tensor([1.3 / qmax], dtype=torch.float64, requires_grad=True)
     own = x.clone().requires_grad_()
-    y = affine.fake_quantize_learned(own, scale, torch.zeros((), dtype=torch.int32), qmin, qmax)
+    y = affine.fake_quantize_learned(own, scale, 0, qmin, qmax)
     y.backward(grad)
     values, of_x, of_scale = lsq(x, scale.detach(), qmin, qmax, grad)
     torch.testing.assert_close(y.detach(), values)
@@ -242,12 +242,12 @@ def test_learned_gradient_is_the_papers(bits: int) -> None:
 def test_learned_gradient_of_groups_and_zero_points() -> None:
     x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     scale = torch.linspace(0.05, 0.4, 5, dtype=torch.float64).view(5, 1).requires_grad_()
-    affine.fake_quantize_learned(x, scale, torch.zeros((), dtype=torch.int32), -7, 7).sum().backward()
+    affine.fake_quantize_learned(x, scale, 0, -7, 7).sum().backward()
     expected = [
         lsq(row, s, -7, 7, torch.ones(8, dtype=torch.float64))[2] for row, s in zip(x, scale[:, 0], strict=True)
     ]
     torch.testing.assert_close(scale.grad[:, 0], torch.stack(expected).detach())
-    y = affine.fake_quantize_learned(x, scale.detach()[:1], torch.tensor(3), 0, 15)
+    y = affine.fake_quantize_learned(x, scale.detach()[:1], 3, 0, 15)
     assert torch.equal(y, affine.fake_quantize(x, scale.detach()[:1], torch.tensor(3), 0, 15))
 
 
@@ -256,7 +256,7 @@ def test_a_learned_scale_comes_back_from_below_the_floor(start: float) -> None:
     scale = torch.tensor([start], requires_grad=True)
     x = torch.ones(4)
     for _ in range(200):
-        loss = (affine.fake_quantize_learned(x, scale, torch.zeros((), dtype=torch.int32), -7, 7) - x).square().sum()
+        loss = (affine.fake_quantize_learned(x, scale, 0, -7, 7) - x).square().sum()
         (grad,) = torch.autograd.grad(loss, scale)
         loss = loss.detach()
         scale.data -= 0.02 * grad
@@ -268,7 +268,7 @@ def test_a_learned_scale_comes_back_from_below_the_floor(start: float) -> None:
 def test_learned_types(dtype: torch.dtype) -> None:
     scale = torch.tensor([0.25], requires_grad=True)
     x = torch.randn(20).to(dtype).requires_grad_()
-    y = affine.fake_quantize_learned(x, scale, torch.zeros((), dtype=torch.int32), -7, 7)
+    y = affine.fake_quantize_learned(x, scale, 0, -7, 7)
     assert y.dtype == dtype
     y.sum().backward()
     assert x.grad.dtype == dtype
@@ -280,6 +280,9 @@ def test_learned_start() -> None:
     assert torch.allclose(affine.learned_start(x, 7), 2 * x.abs().mean() / 7**0.5)
     assert torch.allclose(affine.learned_start(x, 7, (0,))[:, 0], 2 * x.abs().mean(1) / 7**0.5)
     assert affine.learned_start(torch.zeros(3), 7) == affine.SCALE_FLOOR
+    pruned = torch.where(x.abs() > 1, x, 0.0)  # a pruned weight says nothing about the size of the others
+    for row, scale in zip(pruned, affine.learned_start(pruned, 7, (0,)), strict=True):
+        assert torch.allclose(scale, affine.learned_start(row[row != 0], 7))
 
 
 # --- ranges of activations --------------------------------------------------------------------------------------------

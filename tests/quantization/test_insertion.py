@@ -966,3 +966,41 @@ def test_a_watched_forward_costs_nothing_before_it_rounds(
     net(x)
     assert len(entered) == passes + 1
     assert all(quantizer.has_seen for quantizer in insertion.observers.values())
+
+
+class Between(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.first, self.second, self.function = nn.Linear(8, 16), nn.Linear(16, 4), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.function(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda x: x / 2.0, id="truediv"),
+        pytest.param(lambda x: 2.0 / (x.abs() + 1.0), id="rtruediv"),
+        pytest.param(lambda x: x % 2.0, id="mod"),
+        pytest.param(lambda x: 2.0**x, id="rpow"),
+        pytest.param(lambda x: 1.0 - x, id="rsub"),
+        pytest.param(lambda x: -x, id="neg"),
+        pytest.param(lambda x: x.sort(1).values, id="entry"),
+        pytest.param(lambda x: x.max(1, keepdim=True).values + x, id="sum-with-entry"),
+        pytest.param(lambda x: (2.0 * x.T).T, id="property"),
+    ],
+)
+def test_what_operators_return_is_rounded(function: Any) -> None:
+    torch.manual_seed(0)
+    net, x = Between(function), torch.randn(32, 8)
+    insertion = insert(net, Settings(activation_bits=2))
+    insertion.switch(True)
+    insertion.observe(True)
+    assert not insertion.untraced
+    seen: list[Tensor] = []
+    net.second.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for mode in (True, False):
+        insertion.start_pass()
+        net.train(mode)(x)
+    assert [len(each.unique()) <= 4 for each in seen] == [True, True]
