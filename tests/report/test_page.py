@@ -218,10 +218,20 @@ def test_a_logger_that_cannot_take_pictures_does_not_end_the_run(tmp_path: Path)
 @pytest.mark.parametrize("is_first", [True, False])
 def test_exported_files_are_reported_wherever_the_export_stands(tmp_path: Path, is_first: bool) -> None:
     torch.set_num_threads(1)
+    export = ExportCompressed(tmp_path / "files", formats=["safetensors"])
+    report = CompressionReport(str(tmp_path), latency=False, plots=False)
+    callbacks = [report, GradualPruning(0.8), export] if is_first else [export, GradualPruning(0.8), report]
+    trainer(tmp_path, callbacks, max_epochs=1).fit(seeded(Net), StatefulLoader(), held_out())
+    assert report.figures is not None
+    [file] = report.figures["exported"]
+    assert file["bytes"] == Path(file["path"]).stat().st_size
+
+
+def test_exported_files_are_weighed_and_timed(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
     export = ExportCompressed(tmp_path / "files", formats=["onnx", "pt2", "safetensors"])
     report = CompressionReport(str(tmp_path), plots=False)
-    callbacks = [GradualPruning(0.8), QuantizationAwareTraining()]
-    callbacks = [report, *callbacks, export] if is_first else [export, *callbacks, report]
+    callbacks = [report, GradualPruning(0.8), QuantizationAwareTraining(), export]
     trainer(tmp_path, callbacks, max_epochs=1).fit(seeded(Net), StatefulLoader(), held_out())
     figures = json.loads((tmp_path / "report.json").read_text())
     assert figures == report.figures
