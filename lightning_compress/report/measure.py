@@ -581,7 +581,7 @@ def _spell_exported(file: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     before = (figures.get("latency") or {}).get("before") or {}
     for batch, measured in (file["latency"] or {}).items():
         if measured["ms"]:
-            sentence += f"; at batch {batch} onnxruntime takes {spell_milliseconds(measured['ms'])}"
+            sentence += f"; at batch {batch} {file['runtime']} takes {spell_milliseconds(measured['ms'])}"
             if (before.get(batch) or {}).get("ms"):
                 sentence += f" (PyTorch before: {spell_milliseconds(before[batch]['ms'])})"
     return f"{sentence}."

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_compress.report.exported import RUNTIMES
 from lightning_compress.report.measure import BATCHES, spell_bytes
 from lightning_compress.report.table import latency_cell, spell_place
 
@@ -158,8 +159,8 @@ def compare(
         metric: The metric's name; ``None`` takes the only one that all runs have.
         mode: Which is better, more of it or less; ``None`` goes by the name: less of a loss, an error, a perplexity.
         format: The file that is weighed and timed, of `FORMATS`; ``None`` takes the first that all runs have. For
-            ``"onnx"`` latency is onnxruntime's, else PyTorch's. The ``state_dict`` is that of the module without the
-            pruned channels and heads, where there is one.
+            ``"onnx"`` and ``"pt2"`` latency is that of the file, else the module's in PyTorch. The ``state_dict`` is
+            that of the module without the pruned channels and heads, where there is one.
 
     Raises:
         ValueError: If there is no such metric or file in all of the runs, with those that there are.
@@ -235,13 +236,13 @@ def _weighed(
     size, latency = (cut["bytes"], cut["latency"]) if cut else (figures["size"]["bytes"], figures["latency"]["after"])
     for file in figures.get("exported") or []:
         if file["format"] == format:
-            return file["bytes"], (file["latency"] if format == "onnx" else latency) or {}, file["metrics"]
+            return file["bytes"], (file["latency"] if file["runtime"] else latency) or {}, file["metrics"]
     return size, latency or {}, {}
 
 
 def _place(latency: Mapping[str, Any], format: str) -> str:
-    if format == "onnx":
-        return f"onnxruntime, {spell_place({**latency, 'device': 'cpu'})}"
+    if format in RUNTIMES:
+        return f"{RUNTIMES[format]}, {spell_place({**latency, 'device': 'cpu'})}"
     return f"PyTorch, {spell_place(latency)}"
 
 
@@ -289,7 +290,8 @@ def _overrides(path: Path) -> list[str]:
         if file.exists():
             import yaml  # type: ignore[import-untyped]
 
-            return [str(override) for override in yaml.safe_load(file.read_text(encoding="utf-8")) or []]
+            overrides = [str(override) for override in yaml.safe_load(file.read_text(encoding="utf-8")) or []]
+            return [override for override in overrides if "$" not in override]  # a reference, most often to a folder
     return []
 
 
@@ -407,6 +409,9 @@ def _draw(axes: Axes, comparison: Comparison, axis: str, title: str) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5))
+        if max(costs) < 1.2 * min(costs):  # a closer look would show noise
+            middle = (max(costs) + min(costs)) / 2.0
+            axes.set_xlim(0.85 * middle, 1.15 * middle)
     spell = spell_bytes if axis == "size" else lambda ms: f"{ms:.3g} ms"
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: spell(value) if value > 0.0 else "0"))
     axes.margins(x=0.12, y=0.14)

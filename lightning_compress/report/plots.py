@@ -296,7 +296,9 @@ def _groups(figures: Mapping[str, Any]) -> list[_Group]:
     groups: list[_Group] = []
     for batch in dict.fromkeys([*before, *after]):
         times = [(before.get(batch), "before", "before"), (after.get(batch), "after", "after")]
-        times += [((file["latency"] or {}).get(batch), f"{file['format']}, onnxruntime", "file") for file in files]
+        times += [
+            ((file["latency"] or {}).get(batch), f"{file['format']}, {file['runtime']}", "file") for file in files
+        ]
         bars = [
             (measured["ms"], f"{latency_cell(measured)} {when}", colour)
             for measured, when, colour in times

@@ -149,7 +149,7 @@ def prices(figures: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         metrics = [f"{metric} {value:.4g}" for metric, value in file["metrics"].items() if value is not None]
         rows.append((name, "", spell_bytes(file["bytes"]), ", ".join(["exported", *metrics])))
         for batch, measured in (file["latency"] or {}).items():
-            place = f"median, onnxruntime, {_spell_threads(latency['threads'])}"
+            place = f"median, {file['runtime']}, {_spell_threads(latency['threads'])}"
             rows.append((f"{name}, batch {batch}", "", latency_cell(measured), place))
     if run["step_ms"] is not None:
         note = f"median of {run['steps_timed']:,}, without loading the batch"

@@ -22,6 +22,8 @@ from lightning_compress import (
     QuantizationAwareTraining,
 )
 from lightning_compress.example_inputs import ExampleInputs
+from lightning_compress.export import export
+from lightning_compress.report.exported import exported_figures
 from lightning_compress.report.measure import histogram
 from lightning_compress.report.work import multiply_adds
 from tests.helpers import Net, StatefulLoader, held_out, seeded, trainer
@@ -92,8 +94,17 @@ def test_the_page_says_and_draws_all_of_it_and_loads_nothing(tmp_path: Path) -> 
     assert f"{guard['events'][0]['baseline']:.4g}" in page.text
 
 
+def measured(folder: Path, callbacks: list[Any], **kwargs: Any) -> dict[str, Any]:
+    """Return the figures of a run of one epoch, without pictures."""
+    torch.set_num_threads(1)
+    report = CompressionReport(str(folder), plots=False, **kwargs)
+    trainer(folder, [report, *callbacks], max_epochs=1).fit(seeded(Net), StatefulLoader(), held_out())
+    assert report.figures is not None
+    return report.figures
+
+
 def test_histograms_count_every_weight_that_is_not_zero(tmp_path: Path) -> None:
-    figures, _ = run(tmp_path, [GradualPruning(0.8)], max_epochs=1)
+    figures = measured(tmp_path, [GradualPruning(0.8)], latency=False)
     rows = [row for row in figures["parameters"] if len(row["shape"]) > 1]
     assert len(rows) == 3
     for row in rows:
@@ -216,19 +227,30 @@ def test_a_logger_that_cannot_take_pictures_does_not_end_the_run(tmp_path: Path)
 @pytest.mark.parametrize("is_first", [True, False])
 def test_exported_files_are_reported_wherever_the_export_stands(tmp_path: Path, is_first: bool) -> None:
     torch.set_num_threads(1)
-    export = ExportCompressed(tmp_path / "files", formats=["onnx", "safetensors"])
+    export = ExportCompressed(tmp_path / "files", formats=["safetensors"])
+    report = CompressionReport(str(tmp_path), latency=False, plots=False)
+    callbacks = [report, GradualPruning(0.8), export] if is_first else [export, GradualPruning(0.8), report]
+    trainer(tmp_path, callbacks, max_epochs=1).fit(seeded(Net), StatefulLoader(), held_out())
+    assert report.figures is not None
+    [file] = report.figures["exported"]
+    assert file["bytes"] == Path(file["path"]).stat().st_size
+
+
+def test_exported_files_are_weighed_and_timed(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    export = ExportCompressed(tmp_path / "files", formats=["onnx", "pt2", "safetensors"])
     report = CompressionReport(str(tmp_path), plots=False)
-    callbacks = [GradualPruning(0.8), QuantizationAwareTraining()]
-    callbacks = [report, *callbacks, export] if is_first else [export, *callbacks, report]
+    callbacks = [report, GradualPruning(0.8), QuantizationAwareTraining(), export]
     trainer(tmp_path, callbacks, max_epochs=1).fit(seeded(Net), StatefulLoader(), held_out())
     figures = json.loads((tmp_path / "report.json").read_text())
     assert figures == report.figures
-    onnx, safetensors = figures["exported"]
-    for file in (onnx, safetensors):
+    onnx, pt2, safetensors = figures["exported"]
+    for file in (onnx, pt2, safetensors):
         assert file["bytes"] == Path(file["path"]).stat().st_size
         assert file["metrics"]["val_acc"] == pytest.approx(figures["metrics"]["val_acc"], abs=0.05)
     assert safetensors["latency"] is None
-    assert [0 < onnx["latency"][batch]["ms"] < 100 for batch in ("1", "64")] == [True, True]
+    assert [file["runtime"] for file in (onnx, pt2, safetensors)] == ["onnxruntime", "torch.export", None]
+    assert all(0 < file["latency"][batch]["ms"] < 100 for file in (onnx, pt2) for batch in ("1", "64"))
     [sentence] = [note for note in figures["notes"] if note.startswith("model.onnx takes")]
     assert re.search(r"at batch 64 onnxruntime takes [\d.]+ ms \(PyTorch before: [\d.]+ ms\)\.$", sentence)
 
@@ -243,16 +265,15 @@ class Rejected(Callback):
 
 
 def test_a_file_that_was_not_left_is_not_reported(tmp_path: Path) -> None:
-    figures, _ = run(tmp_path, [Rejected(tmp_path)], max_epochs=1)
-    assert figures["exported"] == []
+    assert measured(tmp_path, [Rejected(tmp_path)])["exported"] == []
 
 
 def test_a_file_that_onnxruntime_cannot_run_says_why(tmp_path: Path) -> None:
-    from lightning_compress.report.exported import onnx_latencies
+    from lightning_compress.report.exported import file_latencies
 
     pytest.importorskip("onnxruntime")
     (tmp_path / "model.onnx").write_bytes(b"no graph")
-    found = onnx_latencies(tmp_path / "model.onnx", nn.Linear(2, 2), ExampleInputs((torch.zeros(3, 2),)))
+    found = file_latencies("onnx", tmp_path / "model.onnx", nn.Linear(2, 2), ExampleInputs((torch.zeros(3, 2),)))
     assert all(measured["ms"] is None and "Protobuf" in measured["left_out"] for measured in found.values())
 
 
@@ -260,14 +281,11 @@ def test_a_file_that_onnxruntime_cannot_run_says_why(tmp_path: Path) -> None:
 
 
 def test_multiply_adds_are_those_of_one_row_and_of_the_weights_that_are_left(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
-    report = CompressionReport(str(tmp_path), plots=False)
-    trainer(tmp_path, [GradualPruning(0.75), report], max_epochs=1).fit(seeded(Net), StatefulLoader(), held_out())
-    assert report.figures is not None
-    weights = [row for row in report.figures["parameters"] if len(row["shape"]) > 1]
+    figures = measured(tmp_path, [GradualPruning(0.75)])
+    weights = [row for row in figures["parameters"] if len(row["shape"]) > 1]
     total, zeros = (sum(row[key] for row in weights) for key in ("total", "zeros"))
-    assert report.figures["multiply_adds"] == {"total": total, "nonzero": total - zeros}
-    assert f"{total - zeros:,} of {total:,} multiply-adds have a weight" in " ".join(report.figures["notes"])
+    assert figures["multiply_adds"] == {"total": total, "nonzero": total - zeros}
+    assert f"{total - zeros:,} of {total:,} multiply-adds have a weight" in " ".join(figures["notes"])
 
 
 def test_multiply_adds_of_a_convolution_are_those_of_a_loop() -> None:
@@ -280,3 +298,18 @@ def test_multiply_adds_of_a_convolution_are_those_of_a_loop() -> None:
     work = sum(each for _ in range(batch * channels * height * width))
     assert multiply_adds(conv, ExampleInputs((inputs,))) == (work, work // 2)
     assert not conv._forward_hooks
+
+
+class WithKeywords(nn.Module):
+    """Takes an argument by keyword, and one that is no tensor."""
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0, *, shift: torch.Tensor) -> torch.Tensor:
+        return x * scale + shift
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_files_are_timed_on_the_inputs_that_they_take(tmp_path: Path, format: Any) -> None:
+    inputs = ExampleInputs((torch.zeros(3, 2), 2.0), {"shift": torch.ones(3, 2)})
+    [file] = export(WithKeywords(), inputs, tmp_path, formats=[format], verify=False)
+    [figures] = exported_figures([file], WithKeywords(), inputs)
+    assert all(measured["ms"] > 0 for measured in figures["latency"].values())

@@ -51,9 +51,15 @@ def write(folder: Path, figures: dict[str, Any], overrides: list[str] | None = N
 
 def exported(size: int, ms: float) -> list[dict[str, Any]]:
     latency = {batch: {"ms": ms, "fastest_ms": ms, "repeats": 9, "unsure": False} for batch in ("1", "64")}
-    onnx = {"format": "onnx", "path": "model.onnx", "bytes": size, "metrics": {}, "latency": latency}
-    packed = {"format": "safetensors", "path": "model.safetensors", "bytes": size // 2, "latency": None}
-    return [onnx, {**onnx, **packed, "metrics": {"score": 0.125}}]
+    onnx = {"format": "onnx", "bytes": size, "metrics": {}, "runtime": "onnxruntime", "latency": latency}
+    packed = {
+        "format": "safetensors",
+        "bytes": size // 2,
+        "metrics": {"score": 0.125},
+        "runtime": None,
+        "latency": None,
+    }
+    return [{"path": f"model.{file['format']}", **file} for file in (onnx, packed)]
 
 
 # The front
@@ -173,7 +179,7 @@ def test_latencies_that_cannot_be_compared_are_said_to_be(tmp_path: Path, figure
         ),
         ([["a.lr=1", "b.lr=2"], ["a.lr=3", "b.lr=2"]], ["lr=1", "lr=3"]),
         ([["a.lr=1", "b.lr=2"], ["a.lr=3", "b.lr=4"]], ["a.lr=1 b.lr=2", "a.lr=3 b.lr=4"]),
-        ([["seed=1"], ["seed=1"]], ["0", "1"]),
+        ([["seed=1", "dir=$\\{hydra\\:x\\}"], ["seed=1"]], ["0", "1"]),
         ([None, ["~b", "+seed=1"]], ["0", "b seed=1"]),
     ],
 )
