@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -222,6 +223,56 @@ class _DirectForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # a copy of the module is watched by nobody
         return copy.deepcopy(self.__wrapped__, memo)
+
+
+@contextmanager
+def as_calls(module: nn.Module, told: Callable[[], None]) -> Iterator[None]:
+    """Let ``module.forward(x)`` within be ``module(x)``, so that hooks see it; `told` is called where that is so.
+
+    Compiled and scripted modules stay as they are.
+
+    Example::
+
+        >>> net, calls = nn.Linear(3, 2), []
+        >>> _ = net.register_forward_hook(lambda module, args, output: calls.append("hook"))
+        >>> with as_calls(net, lambda: calls.append("direct")):
+        ...     _ = net.forward(torch.zeros(3)), net(torch.zeros(3))
+        >>> calls, "forward" in vars(net)
+        (['direct', 'hook', 'hook'], False)
+    """
+    if not _can_be_watched(module):
+        yield
+        return
+    attributes, own, forward = vars(module), vars(module).get("forward"), module.forward
+    depth = 0  # of calls of the module, which have had their hooks
+
+    def direct(*args: Any, **kwargs: Any) -> Any:
+        if depth:
+            return forward(*args, **kwargs)
+        told()
+        return module(*args, **kwargs)
+
+    def enter(*args: Any) -> None:
+        nonlocal depth
+        depth += 1
+
+    def leave(*args: Any) -> None:
+        nonlocal depth
+        depth -= 1
+
+    handles = [
+        module.register_forward_pre_hook(enter, prepend=True),
+        module.register_forward_hook(leave, always_call=True),
+    ]
+    attributes["forward"] = direct
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        del attributes["forward"]
+        if own is not None:
+            attributes["forward"] = own
 
 
 def _can_be_watched(module: nn.Module) -> bool:
