@@ -74,12 +74,12 @@ class OutputCapture:
         self._root = root
         self._features = list(features)
         self.is_recording = False
-        self._is_direct: bool | None = None
         self._depth = 0
         self._calls: list[Call] = []
         self._found: dict[str, list[Call]] = {}  # by the outermost modules' names, while the search goes on
         self._kept: dict[str, tuple[Tensor, int]] = {}  # with the version of the tensor
         self._handles: list[Any] = []
+        self._is_direct: bool | None = None  # whether the root's forward is called past all hooks
         reset_compiled(self._root)
         self._watch_features()
         if name is None:
