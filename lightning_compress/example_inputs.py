@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -121,7 +123,8 @@ class ExampleInputs:
 class InputCapture:
     """Keeps what a module's forward receives at its first call; :meth:`remove` takes the hooks away.
 
-    Where the module itself is not called, but one of its children that have parameters is (``self.net(x)`` in a
+    A call of the module counts, and one of its ``forward`` past all hooks, as many a ``training_step`` makes it. Where
+    the module itself is not called, but one of its children that have parameters is (``self.net(x)`` in a
     ``training_step``), that child's inputs are kept. At most `LARGEST_BATCH` rows are copied, to the CPU.
     Compiled and scripted modules get no hook, since a hook would have them compiled again.
 
@@ -139,13 +142,15 @@ class InputCapture:
     def __init__(self, module: nn.Module) -> None:
         self._type = type(module).__name__
         self._found: dict[str, ExampleInputs | ValueError] = {}
+        self._direct = _DirectForward.of(module) if _can_be_watched(module) else None
         self._handles = [
             child.register_forward_pre_hook(self._hook(name, child.forward), with_kwargs=True)
             for name, child in [("", module), *module.named_children()]
-            if not isinstance(child, torch.jit.ScriptModule)
-            and not is_compiled(child)
-            and next(child.parameters(), None) is not None
+            if _can_be_watched(child)
         ]
+        self._keep = self._hook("", module.forward)
+        if self._direct is not None:
+            self._direct.watchers.append(self._keep)
 
     def _hook(self, name: str, forward: Any) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -164,6 +169,9 @@ class InputCapture:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
+        if self._direct is not None:
+            self._direct.release(self._keep)
+            self._direct = None
 
     def result(self) -> tuple[str, ExampleInputs]:
         """Return the name of the module that was called (``""`` is the module itself) and its inputs.
@@ -181,6 +189,95 @@ class InputCapture:
         if isinstance(found, ValueError):
             raise found
         return name, found
+
+
+class _DirectForward:
+    """Stands in for a module's forward while somebody watches it: no hook sees ``self.forward(x)``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.own = module, vars(module).get("forward")
+        self.__wrapped__ = module.forward  # where inspect.signature looks
+        self.watchers: list[Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]] = []
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _DirectForward:
+        """Return the one that stands there already, or put one there."""
+        found = vars(module).get("forward")
+        if not isinstance(found, cls):
+            vars(module)["forward"] = found = cls(module)
+        return found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for watcher in tuple(self.watchers):
+            watcher(self.module, args, kwargs)
+        return self.__wrapped__(*args, **kwargs)
+
+    def release(self, watcher: Callable[..., None]) -> None:
+        """Give the module its forward back, once nobody watches it."""
+        self.watchers.remove(watcher)
+        if not self.watchers and vars(self.module).get("forward") is self:
+            del vars(self.module)["forward"]
+            if self.own is not None:
+                vars(self.module)["forward"] = self.own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # a copy of the module is watched by nobody
+        return copy.deepcopy(self.__wrapped__, memo)
+
+
+@contextmanager
+def as_calls(module: nn.Module, told: Callable[[], None]) -> Iterator[None]:
+    """Let ``module.forward(x)`` within be ``module(x)``, so that hooks see it; `told` is called where that is so.
+
+    Compiled and scripted modules stay as they are.
+
+    Example::
+
+        >>> net, calls = nn.Linear(3, 2), []
+        >>> _ = net.register_forward_hook(lambda module, args, output: calls.append("hook"))
+        >>> with as_calls(net, lambda: calls.append("direct")):
+        ...     _ = net.forward(torch.zeros(3)), net(torch.zeros(3))
+        >>> calls, "forward" in vars(net)
+        (['direct', 'hook', 'hook'], False)
+    """
+    if not _can_be_watched(module):
+        yield
+        return
+    attributes, own, forward = vars(module), vars(module).get("forward"), module.forward
+    depth = 0  # of calls of the module, which have had their hooks
+
+    def direct(*args: Any, **kwargs: Any) -> Any:
+        if depth:
+            return forward(*args, **kwargs)
+        told()
+        return module(*args, **kwargs)
+
+    def enter(*args: Any) -> None:
+        nonlocal depth
+        depth += 1
+
+    def leave(*args: Any) -> None:
+        nonlocal depth
+        depth -= 1
+
+    handles = [
+        module.register_forward_pre_hook(enter, prepend=True),
+        module.register_forward_hook(leave, always_call=True),
+    ]
+    attributes["forward"] = direct
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        del attributes["forward"]
+        if own is not None:
+            attributes["forward"] = own
+
+
+def _can_be_watched(module: nn.Module) -> bool:
+    is_script = isinstance(module, torch.jit.ScriptModule)
+    return not is_script and not is_compiled(module) and next(module.parameters(), None) is not None
 
 
 def named_arguments(bound: inspect.BoundArguments) -> dict[str, Any]:

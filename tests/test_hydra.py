@@ -158,6 +158,21 @@ def test_a_recipe_takes_the_place_of_a_configured_scheduler(name: str, app: Path
     assert compose(app, "+compress@callbacks=learning_rate").callbacks.learning_rate.override is False
 
 
+def test_an_experiment_file_of_the_app_takes_a_recipe_and_changes_it(app: Path) -> None:
+    (app / "experiment").mkdir()
+    (app / "experiment/small.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - /compress@callbacks: prune_qat\n  - _self_\n"
+        "callbacks:\n  pruning:\n    final_sparsity: {backbone.*: 0.9, head: 0.5}\n"
+    )
+    callbacks = compose(app, "+experiment=small", "callbacks.quantization.weight_bits=4").callbacks
+    assert list(callbacks) == ["own", "pruning", "quantization", "learning_rate", "report"]
+    assert callbacks.pruning.final_sparsity == {"backbone.*": 0.9, "head": 0.5}
+    assert (callbacks.pruning.schedule, callbacks.quantization.weight_bits) == ("exponential", 4)
+    on_the_command_line = "callbacks.pruning.final_sparsity={backbone.*:0.9,head:0.5}"
+    callbacks = compose(app, "+compress@callbacks=prune_qat", on_the_command_line).callbacks
+    assert hydra.utils.instantiate(callbacks.pruning).final_sparsity == {"backbone.*": 0.9, "head": 0.5}
+
+
 def test_rounding_begins_when_the_ramp_of_pruning_has_ended(app: Path) -> None:
     callbacks = compose(app, "+compress@callbacks=prune_qat").callbacks
     assert callbacks.pruning.end == callbacks.quantization.begin

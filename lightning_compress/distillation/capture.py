@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.example_inputs import reset_compiled
+from lightning_compress.example_inputs import as_calls, reset_compiled
 from lightning_compress.modules import named_module
 
 Select = int | str | Callable[[Any], Tensor]  # `int` first: jsonargparse takes the first that fits
@@ -79,6 +79,7 @@ class OutputCapture:
         self._found: dict[str, list[Call]] = {}  # by the outermost modules' names, while the search goes on
         self._kept: dict[str, tuple[Tensor, int]] = {}  # with the version of the tensor
         self._handles: list[Any] = []
+        self._is_direct: bool | None = None  # whether the root's forward is called past all hooks
         reset_compiled(self._root)
         self._watch_features()
         if name is None:
@@ -154,12 +155,23 @@ class OutputCapture:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Let the calls made within count."""
+        """Let the calls made within count, also those of the root's ``forward`` past all hooks."""
         self.is_recording, self._depth = True, 0
+        # Whether the root is called so shows in the first recording, and costs later ones nothing.
+        is_new = self._is_direct is None
         try:
-            yield
+            if self._is_direct is False or self.name:
+                yield
+            else:
+                with as_calls(self._root, self._see_direct_call):
+                    yield
         finally:
             self.is_recording = False
+            if is_new and self.has_calls:
+                self._is_direct = bool(self._is_direct)
+
+    def _see_direct_call(self) -> None:
+        self._is_direct = True
 
     @property
     def has_calls(self) -> bool:

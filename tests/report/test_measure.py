@@ -1,3 +1,5 @@
+import copy
+import functools
 import os
 import random
 import re
@@ -171,6 +173,27 @@ def test_capture_finds_the_one_child_that_is_called():
     holder.accuracy(logits, torch.zeros(4, dtype=torch.long))
     capture.remove()
     assert capture.result()[0] == "net"
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_capture_sees_a_forward_that_is_called_past_all_hooks(own):
+    model = Tied()
+    if own:  # something else stands in for the forward already
+        model.forward = functools.partial(Tied.forward, model)
+    before = dict(vars(model))
+    first, capture = InputCapture(model), InputCapture(model)  # as a report and a pruning callback have them
+    copied = copy.deepcopy(model)
+    copied.forward(torch.arange(7))
+    first.remove()
+    with pytest.raises(ValueError, match="was not seen"):
+        first.result()
+    assert torch.equal(model.forward(torch.arange(5), scale=2.0), 2.0 * Tied.forward(model, torch.arange(5)))
+    model(torch.arange(3))
+    capture.remove()
+    name, inputs = capture.result()
+    assert (name, inputs.args[0].tolist(), inputs.kwargs) == ("", list(range(5)), {"scale": 2.0})
+    assert vars(model).get("forward") is before.get("forward")
+    assert hooks(model) == 0
 
 
 def test_capture_names_what_it_cannot_choose_from():

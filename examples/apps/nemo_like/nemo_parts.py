@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 def resolve_trainer_cfg(trainer_cfg: DictConfig) -> dict[str, Any]:
     """Return the Trainer's arguments: plain containers, in which a strategy and a *list* of callbacks are made.
 
-    So does `nemo.utils.trainer_utils.resolve_trainer_cfg`. Releases that only make the strategy hand dicts to the
-    Trainer, which refuses them.
+    So does `nemo.utils.trainer_utils.resolve_trainer_cfg`; in its first releases the strategy alone was made.
     """
     resolved = OmegaConf.to_container(trainer_cfg, resolve=True)
     if isinstance(resolved.get("strategy"), dict):
