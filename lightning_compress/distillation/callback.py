@@ -327,6 +327,8 @@ class KnowledgeDistillation(Callback):
         self._log(pl_module, terms, distillation)
         if weight == 1.0 or loss is None:
             return distillation
+        if loss.dtype == distillation.dtype:
+            return torch.lerp(loss, distillation, weight)  # one operator, and one node of the graph
         return (1.0 - weight) * loss + weight * distillation
 
     def _terms(self, pl_module: LightningModule) -> dict[str, Tensor]:
@@ -343,7 +345,9 @@ class KnowledgeDistillation(Callback):
             teacher = self._teach(forward, len(calls))
             for loss, weight in zip(self._losses, values.losses, strict=True):
                 labels = self._labels(loss.loss, student) if "labels" in loss.takes else None
-                value = call(loss.loss, student, teacher, temperature, labels, loss.takes) * (weight(now) / len(calls))
+                value = call(loss.loss, student, teacher, temperature, labels, loss.takes)
+                if (factor := weight(now) / len(calls)) != 1.0:
+                    value = value * factor
                 sums[loss.name] = sums[loss.name] + value if loss.name in sums else value
         if self.features:
             sums |= self._feature_terms(now)

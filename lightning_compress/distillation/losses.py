@@ -37,7 +37,7 @@ def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
         >>> round(kl(torch.tensor([[0.0, math.log(3)]]), torch.zeros(1, 2)).item(), 4), round(math.log(4 / 3) / 2, 4)
         (0.1438, 0.1438)
     """
-    return temperature**2 * _divergence(_log_softmax(teacher, temperature), _log_softmax(student, temperature))
+    return _divergence(_log_softmax(teacher, temperature), _log_softmax(student, temperature), temperature**2)
 
 
 def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -78,7 +78,8 @@ def jensen_shannon(student: Tensor, teacher: Tensor, temperature: float = 1.0, b
         raise ValueError(f"`beta` must lie in (0, 1), got {beta!r}. The ends are the losses 'kl' and 'reverse_kl'.")
     log_p, log_q = _log_softmax(teacher, temperature), _log_softmax(student, temperature)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return temperature**2 * (beta * _divergence(log_p, log_m) + (1.0 - beta) * _divergence(log_q, log_m))
+    scale = temperature**2
+    return _divergence(log_p, log_m, beta * scale) + _divergence(log_q, log_m, (1.0 - beta) * scale)
 
 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -136,7 +137,8 @@ def dkd(
         return torch.cat([log_p.gather(1, labels), others.logsumexp(1, keepdim=True)], dim=1), _log_softmax(others)
 
     (q, q_others), (p, p_others) = parts(student), parts(teacher)
-    return temperature**2 * (alpha * _divergence(p, q) + beta * _divergence(p_others, q_others))
+    scale = temperature**2
+    return _divergence(p, q, alpha * scale) + _divergence(p_others, q_others, beta * scale)
 
 
 def dist(student: Tensor, teacher: Tensor, temperature: float = 1.0, beta: float = 1.0, gamma: float = 1.0) -> Tensor:
@@ -200,7 +202,10 @@ def raised(tensor: Tensor) -> Tensor:
         >>> raised(torch.zeros(1, dtype=torch.bfloat16)).dtype, raised(torch.zeros(1, dtype=torch.float64)).dtype
         (torch.float32, torch.float64)
     """
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype in _RAISED else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+_RAISED = (torch.float32, torch.float64)  # what is one already costs no operator
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -218,11 +223,12 @@ def unit(vectors: Tensor) -> Tensor:
 def _log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities of rows; finite, so that 0 · log 0 is 0 where a class is at −inf."""
     logits = raised(logits)
-    return F.log_softmax(logits / temperature, dim=1).clamp(min=torch.finfo(logits.dtype).min)
+    return F.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=1).clamp(min=torch.finfo(logits.dtype).min)
 
 
-def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+def _divergence(log_p: Tensor, log_q: Tensor, scale: float = 1.0) -> Tensor:
+    """The mean over rows, times `scale`."""
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) * (scale / len(log_q))
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -372,7 +378,7 @@ class LogitLoss(nn.Module):
                     f"`labels` must be integers of the shape of the positions, {list(positions)}, got {labels.dtype} "
                     f"of shape {list(labels.shape)}."
                 )
-            labels = labels.reshape(-1)
+            labels = labels.flatten()
             counts = labels != self.ignore_index
             if not counts.all():
                 student, teacher, labels = student[counts], teacher[counts], labels[counts]
@@ -437,7 +443,8 @@ def rows_of(output: Tensor, dim: int) -> Tensor:
         >>> rows_of(torch.zeros(4, 11, 7), 1).shape
         torch.Size([28, 11])
     """
-    return output.movedim(dim, -1).reshape(-1, output.shape[dim])
+    is_row = output.dim() == 2 and dim == 1  # already, and a view would be one more node of the graph
+    return output if is_row else output.movedim(dim, -1).reshape(-1, output.shape[dim])
 
 
 LABEL_NAMES = ("labels", "label", "targets", "target", "y")

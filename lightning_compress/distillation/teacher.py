@@ -7,8 +7,8 @@ bucket.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_compress.copying import standalone_copy
 from lightning_compress.distillation.capture import first_tensor, unchanged
-from lightning_compress.example_inputs import ExampleInputs, reset_compiled
+from lightning_compress.example_inputs import reset_compiled
 from lightning_compress.modules import clean_name, named_module
 from lightning_compress.moments import number
 
@@ -56,6 +56,7 @@ class Teacher:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._members = list(modules)
         self._flags: list[tuple[nn.Module, bool]] = []  # each submodule, and whether it was in training mode
+        self._first: list[tuple[Tensor, Tensor | None] | None] = []  # of each member, where it is sure to stay
         self._handles: list[Any] = []
         self._watched: list[str] = []
         self._features: dict[str, tuple[Tensor, int]] = {}  # with the version of the tensor
@@ -80,6 +81,7 @@ class Teacher:
             module.eval()
             if device is not None:
                 module.to(device)
+        self._first = [_lasting_first_tensors(module) for module in self.modules]
 
     def detach(self) -> None:
         """Take the hooks away and put each part back into the mode that it was in; parameters stay where they are."""
@@ -99,15 +101,18 @@ class Teacher:
             kwargs: Those by keyword.
         """
         self._features = {}
-        inputs = ExampleInputs(args, dict(kwargs))
-        device = next((leaf.device for leaf in tree_leaves((args, inputs.kwargs)) if isinstance(leaf, Tensor)), None)
+        device = next((value.device for value in args if isinstance(value, Tensor)), None)
+        if device is None:
+            device = next((leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         modules = self.modules
         if not self._flags or any(part.training for part, _ in self._flags):  # somebody has called `train()`
             self.attach()
-        cuda = [device] if device is not None and device.type == "cuda" else []
         # Tensors made in inference mode cannot be saved for a backward pass, so no loss could use them.
-        with torch.no_grad(), torch.random.fork_rng(cuda):
-            return [_answer(module, inputs, device) for module in modules]
+        with torch.no_grad(), _unchanged_random_state(device):
+            return [
+                _answer(module, known or _first_tensors(module), args, kwargs, device)
+                for module, known in zip(modules, self._first, strict=True)
+            ]
 
     def watch(self, names: Sequence[str]) -> None:
         """Keep what layers return at each call, for :meth:`features`.
@@ -373,16 +378,63 @@ def _refuse_shared(module: nn.Module, student: nn.Module) -> None:
 # One member -----------------------------------------------------------------------------------------------------------
 
 
-def _answer(module: nn.Module, inputs: ExampleInputs, device: torch.device | None) -> Any:
-    first = next(chain(module.parameters(), module.buffers()), None)
-    if device is not None and first is not None and first.device != device:
+_First = tuple[Tensor | None, Tensor | None]  # a module's first tensor, and its first one of floating-point numbers
+
+
+def _answer(
+    module: nn.Module, first: _First, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device | None
+) -> Any:
+    anywhere, floating = first
+    if device is not None and anywhere is not None and anywhere.device != device:
         module.to(device)
-    dtype = next((p.dtype for p in chain(module.parameters(), module.buffers()) if p.is_floating_point()), None)
-    kind = device.type if device is not None else "cpu"
-    with nullcontext() if dtype in (None, torch.float32) else torch.autocast(kind, enabled=False):
-        cast = inputs.map(lambda tensor: tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor)
-        output = module(*cast.args, **cast.kwargs)
-    return tree_map(lambda leaf: _single(leaf) if isinstance(leaf, Tensor) else leaf, output)
+    dtype = None if floating is None else floating.dtype
+    if dtype is not None:
+        cast = partial(_cast, dtype=dtype)
+        args = tuple([_mapped(cast, value) for value in args])
+        kwargs = {name: _mapped(cast, value) for name, value in kwargs.items()}
+    if dtype is None or dtype == torch.float32:
+        output = module(*args, **kwargs)
+    else:
+        with torch.autocast(device.type if device is not None else "cpu", enabled=False):
+            output = module(*args, **kwargs)
+    return _mapped(_single, output)
+
+
+def _first_tensors(module: nn.Module) -> _First:
+    def tensors() -> Iterator[Tensor]:
+        return chain(module.parameters(), module.buffers())
+
+    return next(tensors(), None), next((tensor for tensor in tensors() if tensor.is_floating_point()), None)
+
+
+def _lasting_first_tensors(module: nn.Module) -> _First | None:
+    """The same, to be looked for once; ``None`` where ``module.to`` may put other objects in their place."""
+    first = _first_tensors(module)
+    return first if all(type(tensor) is nn.Parameter for tensor in first) else None
+
+
+@contextmanager
+def _unchanged_random_state(device: torch.device | None) -> Iterator[None]:
+    if device is not None and device.type != "cpu":
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+        return
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return a value with all tensors in it changed. Most are one tensor, and a tree costs more than a small loss."""
+    if isinstance(value, Tensor):
+        return change(value)
+    return tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, value)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != dtype else tensor
 
 
 def _single(tensor: Tensor) -> Tensor:
