@@ -223,7 +223,9 @@ def unit(vectors: Tensor) -> Tensor:
 def _log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities of rows; finite, so that 0 · log 0 is 0 where a class is at −inf."""
     logits = raised(logits)
-    return F.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=1).clamp(min=torch.finfo(logits.dtype).min)
+    if temperature != 1.0:
+        logits = logits / temperature
+    return F.log_softmax(logits, dim=1).clamp(min=torch.finfo(logits.dtype).min)
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, scale: float = 1.0) -> Tensor:
