@@ -381,8 +381,8 @@ class LogitLoss(nn.Module):
                     f"of shape {list(labels.shape)}."
                 )
             labels = labels.flatten()
-            counts = labels != self.ignore_index
-            if not counts.all():
+            if len(labels) and labels.min().item() <= self.ignore_index:  # the quickest way to see that all count
+                counts = labels != self.ignore_index
                 student, teacher, labels = student[counts], teacher[counts], labels[counts]
             if self.needs_labels and len(labels) and not 0 <= labels.min() <= labels.max() < student.shape[1]:
                 raise ValueError(
