@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -361,7 +361,8 @@ class LogitLoss(nn.Module):
         positions = student.shape[:dim] + student.shape[dim + 1 :]
         if dim == student.dim() == teacher.dim():
             student, teacher = student[:, None], teacher[:, None]
-        self._check_shapes(student, teacher, dim)
+        if student.shape != teacher.shape:
+            self._refuse_shapes(student, teacher, dim)
         if self.needs_classes and student.shape[dim] == 1:
             raise ValueError(
                 f"The loss '{self.name}' compares classes, and the student returns one number for each sample: use "
@@ -373,7 +374,7 @@ class LogitLoss(nn.Module):
                 f"looked for in the batch under {', '.join(LABEL_NAMES)}, or in its tuple. "
                 f"Give LogitLoss('{self.name}', labels=lambda batch: ...), or use a loss without labels, such as 'kl'."
             )
-        student, teacher = (raised(rows_of(output, dim)) for output in (student, teacher))
+        student, teacher = raised(rows_of(student, dim)), raised(rows_of(teacher, dim))
         if labels is not None:
             if labels.shape != positions or labels.dtype not in _INTEGERS:
                 raise ValueError(
@@ -397,9 +398,7 @@ class LogitLoss(nn.Module):
             temperature = self.temperature
         return call(self._function, student, teacher, temperature, labels, self._takes)
 
-    def _check_shapes(self, student: Tensor, teacher: Tensor, dim: int) -> None:
-        if student.shape == teacher.shape:
-            return
+    def _refuse_shapes(self, student: Tensor, teacher: Tensor, dim: int) -> NoReturn:
         if student.dim() == teacher.dim() and student.shape[dim] != teacher.shape[dim]:
             raise ValueError(
                 f"The student has {student.shape[dim]} classes and the teacher {teacher.shape[dim]} (dimension {dim} "

@@ -6,9 +6,10 @@ bucket.
 
 from __future__ import annotations
 
+import inspect
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -392,12 +393,30 @@ def _answer(
         cast = partial(_cast, dtype=dtype)
         args = tuple([_mapped(cast, value) for value in args])
         kwargs = {name: _mapped(cast, value) for name, value in kwargs.items()}
-    if dtype is None or dtype == torch.float32:
-        output = module(*args, **kwargs)
-    else:
-        with torch.autocast(device.type if device is not None else "cpu", enabled=False):
+    kind = device.type if device is not None else "cpu"
+    try:
+        with nullcontext() if dtype in (None, torch.float32) else torch.autocast(kind, enabled=False):
             output = module(*args, **kwargs)
+    except TypeError as error:
+        _explain(error, module, args, kwargs)
+        raise
     return _mapped(_single, output)
+
+
+def _explain(error: TypeError, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise where it was the call itself that a module's forward does not take."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return
+    signature = inspect.signature(module.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as reason:
+        names = "".join(f", {name}=" for name in kwargs)
+        raise TypeError(
+            f"The teacher, {type(module).__name__}, takes {signature}, and the student's module was called with "
+            f"{len(args)} positional argument{'s' * (len(args) != 1)}{names} ({reason}): let `teacher_input` make the "
+            f"one from the other, or give `module` the name of a module of the student that takes the same."
+        ) from error
 
 
 def _first_tensors(module: nn.Module) -> _First:
