@@ -268,8 +268,7 @@ class KnowledgeDistillation(Callback):
         capture = self._watching
         self._is_added = False
         capture.forget()
-        compiled = getattr(pl_module, "_compiler_ctx", None)
-        if capture.name is None and compiled is not None:
+        if capture.name is None and (compiled := getattr(pl_module, "_compiler_ctx", None)) is not None:
             step = compiled["original_training_step"]  # the search needs to see each call
         with capture.recording():
             result = step(*args, **kwargs)
@@ -333,8 +332,9 @@ class KnowledgeDistillation(Callback):
 
     def _terms(self, pl_module: LightningModule) -> dict[str, Tensor]:
         now = self._now
-        made = [(forward, select_output(forward.output, self.output)) for forward in self._watching.take()]
-        calls = [(forward, student) for forward, student in made if student.requires_grad] or made
+        calls = [(forward, select_output(forward.output, self.output)) for forward in self._watching.take()]
+        if len(calls) > 1:
+            calls = [(forward, student) for forward, student in calls if student.requires_grad] or calls
         if self.cache is not None and len(calls) > 1:
             raise ValueError(f"`cache` keeps one output for each sample, and `training_step` made {len(calls)} passes.")
         values = self._schedules
@@ -377,12 +377,12 @@ class KnowledgeDistillation(Callback):
             self._teacher.follow(self._trainer.lightning_module.get_submodule(self._watching.name or ""))
         args, kwargs = self._teacher_inputs(given, given_by_name)
 
-        def compute() -> Tensor:
-            return merge([self._select_teacher(output) for output in self._guest(args, kwargs)])
+        if self.cache is not None:
+            return self._cached(given, given_by_name, lambda: self._answer(args, kwargs))
+        return self._answer(args, kwargs)
 
-        if self.cache is None:
-            return compute()
-        return self._cached(given, given_by_name, compute)
+    def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return merge([self._select_teacher(output) for output in self._guest(args, kwargs)])
 
     def _select_teacher(self, output: Any) -> Tensor:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -334,7 +334,7 @@ class LogitLoss(nn.Module):
         self.standardize = standardize
         self.temperature = None if temperature is None else number(temperature, "temperature", 0.01, 1000.0)
         self.options = {key: number(value, f"options['{key}']") for key, value in (options or {}).items()}
-        self._function = partial(known.function, **self.options)
+        self._function = partial(known.function, **self.options) if self.options else known.function
         self._takes = taken_by(self._function)
         allowed = [name for name in list(_keywords(known.function))[2:] if name not in ("temperature", "labels")]
         for key in self.options:
@@ -357,24 +357,17 @@ class LogitLoss(nn.Module):
         Raises:
             ValueError: If shapes do not fit, if there is one class, or if the loss needs labels and has none.
         """
-        dim = class_dim(student, self.dim)
-        positions = student.shape[:dim] + student.shape[dim + 1 :]
-        if dim == student.dim() == teacher.dim():
-            student, teacher = student[:, None], teacher[:, None]
-        if student.shape != teacher.shape:
-            self._refuse_shapes(student, teacher, dim)
-        if self.needs_classes and student.shape[dim] == 1:
-            raise ValueError(
-                f"The loss '{self.name}' compares classes, and the student returns one number for each sample: use "
-                f"'mse', or a function of both outputs."
-            )
+        if self.dim is None and student.dim() == 2 and student.shape == teacher.shape and student.shape[1] > 1:
+            positions = student.shape[:1]  # as most are: rows already
+        else:
+            student, teacher, positions = self._rows(student, teacher)
         if labels is None and self.needs_labels:
             raise ValueError(
                 f"The loss '{self.name}' needs labels, integers of shape {list(positions)}, and got none. They are "
                 f"looked for in the batch under {', '.join(LABEL_NAMES)}, or in its tuple. "
                 f"Give LogitLoss('{self.name}', labels=lambda batch: ...), or use a loss without labels, such as 'kl'."
             )
-        student, teacher = raised(rows_of(student, dim)), raised(rows_of(teacher, dim))
+        student, teacher = raised(student), raised(teacher)
         if labels is not None:
             if labels.shape != positions or labels.dtype not in _INTEGERS:
                 raise ValueError(
@@ -397,6 +390,21 @@ class LogitLoss(nn.Module):
         if self.temperature is not None:
             temperature = self.temperature
         return call(self._function, student, teacher, temperature, labels, self._takes)
+
+    def _rows(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
+        """Both outputs as rows, and the shape of their positions."""
+        dim = class_dim(student, self.dim)
+        positions = student.shape[:dim] + student.shape[dim + 1 :]
+        if dim == student.dim() == teacher.dim():
+            student, teacher = student[:, None], teacher[:, None]
+        if student.shape != teacher.shape:
+            self._refuse_shapes(student, teacher, dim)
+        if self.needs_classes and student.shape[dim] == 1:
+            raise ValueError(
+                f"The loss '{self.name}' compares classes, and the student returns one number for each sample: use "
+                f"'mse', or a function of both outputs."
+            )
+        return rows_of(student, dim), rows_of(teacher, dim), positions
 
     def _refuse_shapes(self, student: Tensor, teacher: Tensor, dim: int) -> NoReturn:
         if student.dim() == teacher.dim() and student.shape[dim] != teacher.shape[dim]:
@@ -471,15 +479,20 @@ def find_labels(batch: Any, positions: Sequence[int]) -> Tensor | None:
         >>> find_labels({"x": torch.tensor([1, 0])}, [2]) is None
         True
     """
-    if isinstance(batch, Mapping):
-        candidates = [batch.get(name) for name in LABEL_NAMES]
-    else:
-        candidates = [getattr(batch, name, None) for name in LABEL_NAMES]
-        candidates += reversed(batch) if isinstance(batch, (tuple, list)) else []
-    for value in candidates:
+    for value in _candidates(batch):
         if isinstance(value, Tensor) and value.dtype in _INTEGERS and list(value.shape) == list(positions):
             return value
     return None
+
+
+def _candidates(batch: Any) -> Iterator[Any]:
+    if isinstance(batch, Mapping):
+        yield from (batch.get(name) for name in LABEL_NAMES)
+        return
+    if type(batch) not in (tuple, list):  # which have no such attributes
+        yield from (getattr(batch, name, None) for name in LABEL_NAMES)
+    if isinstance(batch, (tuple, list)):
+        yield from reversed(batch)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -35,7 +35,8 @@ class Teacher:
     """Answers what the student is asked, in eval mode and without gradients, on the device of the inputs.
 
     Each member computes in its own precision: floating-point inputs are cast to it, and answers in 16 bits come back
-    as float32. The surrounding autocast holds for members in float32 only. The global random state stays as it is.
+    as float32. The surrounding autocast holds for members in float32 only. The global random state stays as it is,
+    provided that members that draw random numbers in eval mode do so in their first answer.
 
     Args:
         modules: The members; several are an ensemble.
@@ -57,6 +58,7 @@ class Teacher:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._members = list(modules)
         self._flags: list[tuple[nn.Module, bool]] = []  # each submodule, and whether it was in training mode
+        self._draws: bool | None = None  # whether they draw random numbers, which the first answer shows
         self._first: list[tuple[Tensor, Tensor | None] | None] = []  # of each member, where it is sure to stay
         self._handles: list[Any] = []
         self._watched: list[str] = []
@@ -102,18 +104,32 @@ class Teacher:
             kwargs: Those by keyword.
         """
         self._features = {}
-        device = next((value.device for value in args if isinstance(value, Tensor)), None)
-        if device is None:
+        if args and isinstance(args[0], Tensor):  # as most are, and a tree costs as much as a small loss
+            device: torch.device | None = args[0].device
+        else:
             device = next((leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         modules = self.modules
         if not self._flags or any(part.training for part, _ in self._flags):  # somebody has called `train()`
             self.attach()
         # Tensors made in inference mode cannot be saved for a backward pass, so no loss could use them.
-        with torch.no_grad(), _unchanged_random_state(device):
-            return [
-                _answer(module, known or _first_tensors(module), args, kwargs, device)
-                for module, known in zip(modules, self._first, strict=True)
-            ]
+        with torch.no_grad():
+            if self._draws is False:
+                return [_answer(*member, args, kwargs, device) for member in zip(modules, self._first, strict=True)]
+            with self._unchanged_random_state(device):
+                return [_answer(*member, args, kwargs, device) for member in zip(modules, self._first, strict=True)]
+
+    @contextmanager
+    def _unchanged_random_state(self, device: torch.device | None) -> Iterator[None]:
+        """Put the random state back, and find out whether there is a need to: it costs as much as a small loss."""
+        is_cuda = device is not None and device.type == "cuda"
+
+        def states() -> list[Tensor]:
+            return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if is_cuda else [])]
+
+        with torch.random.fork_rng([device] if is_cuda else []):
+            before = states()
+            yield
+            self._draws = self._draws or not all(map(torch.equal, before, states()))
 
     def watch(self, names: Sequence[str]) -> None:
         """Keep what layers return at each call, for :meth:`features`.
@@ -306,13 +322,15 @@ def merge(outputs: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: If shapes differ.
     """
+    if len(outputs) == 1:
+        return _single(outputs[0])
     for index, output in enumerate(outputs):
         if output.shape != outputs[0].shape:
             raise ValueError(
                 f"the members of `teacher` must give outputs of one shape, got {tuple(outputs[0].shape)} from member 0 "
                 f"and {tuple(output.shape)} from member {index}: leave one of them out."
             )
-    return _single(outputs[0]) if len(outputs) == 1 else torch.stack([_single(output) for output in outputs]).mean(0)
+    return torch.stack([_single(output) for output in outputs]).mean(0)
 
 
 # What a value means ---------------------------------------------------------------------------------------------------
@@ -383,24 +401,28 @@ _First = tuple[Tensor | None, Tensor | None]  # a module's first tensor, and its
 
 
 def _answer(
-    module: nn.Module, first: _First, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device | None
+    module: nn.Module,
+    first: _First | None,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    device: torch.device | None,
 ) -> Any:
-    anywhere, floating = first
+    anywhere, floating = _first_tensors(module) if first is None else first
     if device is not None and anywhere is not None and anywhere.device != device:
         module.to(device)
-    dtype = None if floating is None else floating.dtype
-    if dtype is not None:
-        cast = partial(_cast, dtype=dtype)
-        args = tuple([_mapped(cast, value) for value in args])
-        kwargs = {name: _mapped(cast, value) for name, value in kwargs.items()}
-    kind = device.type if device is not None else "cpu"
+    dtype = None
+    if floating is not None:
+        dtype = floating.dtype
+        args = tuple([_cast(value, dtype) for value in args])
+        kwargs = {name: _cast(value, dtype) for name, value in kwargs.items()}
     try:
-        with nullcontext() if dtype in (None, torch.float32) else torch.autocast(kind, enabled=False):
-            output = module(*args, **kwargs)
+        if dtype is None or dtype == torch.float32:
+            return _raised(module(*args, **kwargs))
+        with torch.autocast(device.type if device is not None else "cpu", enabled=False):
+            return _raised(module(*args, **kwargs))
     except TypeError as error:
         _explain(error, module, args, kwargs)
         raise
-    return _mapped(_single, output)
 
 
 def _explain(error: TypeError, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -432,28 +454,18 @@ def _lasting_first_tensors(module: nn.Module) -> _First | None:
     return first if all(type(tensor) is nn.Parameter for tensor in first) else None
 
 
-@contextmanager
-def _unchanged_random_state(device: torch.device | None) -> Iterator[None]:
-    if device is not None and device.type != "cpu":
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-        return
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-
-
-def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Return a value with all tensors in it changed. Most are one tensor, and a tree costs more than a small loss."""
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Return a value with all floating-point tensors in it in another precision."""
     if isinstance(value, Tensor):
-        return change(value)
-    return tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, value)
+        return value.to(dtype) if value.is_floating_point() and value.dtype != dtype else value
+    return tree_map(lambda leaf: _cast(leaf, dtype) if isinstance(leaf, Tensor) else leaf, value)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != dtype else tensor
+def _raised(output: Any) -> Any:
+    """Return an output with all tensors of 16 bits or less in it as float32."""
+    if isinstance(output, Tensor):
+        return _single(output)
+    return tree_map(lambda leaf: _single(leaf) if isinstance(leaf, Tensor) else leaf, output)
 
 
 def _single(tensor: Tensor) -> Tensor:
