@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_compress import registry
 from lightning_compress.distillation.cache import TeacherCache, sample_indices
-from lightning_compress.distillation.capture import Call, OutputCapture, Select, select_output
+from lightning_compress.distillation.capture import OutputCapture, Select, select_output
 from lightning_compress.distillation.features import FEATURE_LOSSES, FeaturePair, make_projector, parse_features
 from lightning_compress.distillation.initialization import Copied, copy_weights
 from lightning_compress.distillation.losses import LogitLoss, as_losses, call, class_dim, find_labels
@@ -220,7 +220,7 @@ class KnowledgeDistillation(Callback):
             self._teacher.watch([pair.teacher for pair in self.features])
         restored = self._restored or {}
         name = self.module if self.module is not None else restored.get("module")
-        self._capture = OutputCapture(pl_module, name, [pair.student for pair in self.features])
+        self._capture = OutputCapture(pl_module, name, [pair.student for pair in self.features], self._ask)
         for key, saved in restored.get("projectors", {}).items():
             self._add_projector(key, saved["student"], saved["teacher"], pl_module.device, saved["dtype"])
             self._projectors[key].load_state_dict(saved["state"])
@@ -268,8 +268,7 @@ class KnowledgeDistillation(Callback):
         capture = self._watching
         self._is_added = False
         capture.forget()
-        compiled = getattr(pl_module, "_compiler_ctx", None)
-        if capture.name is None and compiled is not None:
+        if capture.name is None and (compiled := getattr(pl_module, "_compiler_ctx", None)) is not None:
             step = compiled["original_training_step"]  # the search needs to see each call
         with capture.recording():
             result = step(*args, **kwargs)
@@ -327,23 +326,27 @@ class KnowledgeDistillation(Callback):
         self._log(pl_module, terms, distillation)
         if weight == 1.0 or loss is None:
             return distillation
+        if loss.dtype == distillation.dtype:
+            return torch.lerp(loss, distillation, weight)  # one operator, and one node of the graph
         return (1.0 - weight) * loss + weight * distillation
 
     def _terms(self, pl_module: LightningModule) -> dict[str, Tensor]:
         now = self._now
-        made = [(forward, select_output(forward.output, self.output)) for forward in self._watching.take()]
-        calls = [(forward, student) for forward, student in made if student.requires_grad] or made
-        if isinstance(self._teacher, EMATeacher):
-            self._teacher.follow(pl_module.get_submodule(self._watching.name or ""))
+        calls = [(forward, select_output(forward.output, self.output)) for forward in self._watching.take()]
+        if len(calls) > 1:
+            calls = [(forward, student) for forward, student in calls if student.requires_grad] or calls
+        if self.cache is not None and len(calls) > 1:
+            raise ValueError(f"`cache` keeps one output for each sample, and `training_step` made {len(calls)} passes.")
         values = self._schedules
         temperature = values.temperature(now)
         sums: dict[str, Tensor] = {}
         for forward, student in calls:
-            forward.refuse_changed_inputs()
-            teacher = self._teach(forward, len(calls))
+            teacher = forward.answer if forward.answer is not None else self._teach(forward.args, forward.kwargs)
             for loss, weight in zip(self._losses, values.losses, strict=True):
                 labels = self._labels(loss.loss, student) if "labels" in loss.takes else None
-                value = call(loss.loss, student, teacher, temperature, labels, loss.takes) * (weight(now) / len(calls))
+                value = call(loss.loss, student, teacher, temperature, labels, loss.takes)
+                if (factor := weight(now) / len(calls)) != 1.0:
+                    value = value * factor
                 sums[loss.name] = sums[loss.name] + value if loss.name in sums else value
         if self.features:
             sums |= self._feature_terms(now)
@@ -363,17 +366,23 @@ class KnowledgeDistillation(Callback):
         given = ExampleInputs.from_example(self.teacher_input(*args, **kwargs))
         return given.args, given.kwargs
 
-    def _teach(self, made: Call, calls: int) -> Tensor:
-        args, kwargs = self._teacher_inputs(made.args, made.kwargs)
+    def _ask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Let the teacher answer before the student's own pass: inputs are still as they were, and memory is free."""
+        is_wanted = self._schedules.weight(self._now) > 0.0 and (self.cache is None or not self._watching.has_calls)
+        return self._teach(args, kwargs) if is_wanted else None
 
-        def compute() -> Tensor:
-            return merge([self._select_teacher(output) for output in self._guest(args, kwargs)])
+    def _teach(self, given: tuple[Any, ...], given_by_name: dict[str, Any]) -> Tensor:
+        if isinstance(self._teacher, EMATeacher):
+            assert self._trainer is not None
+            self._teacher.follow(self._trainer.lightning_module.get_submodule(self._watching.name or ""))
+        args, kwargs = self._teacher_inputs(given, given_by_name)
 
-        if self.cache is None:
-            return compute()
-        if calls > 1:
-            raise ValueError(f"`cache` keeps one output for each sample, and `training_step` made {calls} passes.")
-        return self._cached(made, compute)
+        if self.cache is not None:
+            return self._cached(given, given_by_name, lambda: self._answer(args, kwargs))
+        return self._answer(args, kwargs)
+
+    def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return merge([self._select_teacher(output) for output in self._guest(args, kwargs)])
 
     def _select_teacher(self, output: Any) -> Tensor:
         try:
@@ -383,7 +392,7 @@ class KnowledgeDistillation(Callback):
                 raise
             return select_output(output)  # `output` may be meant for the student alone
 
-    def _cached(self, made: Call, compute: Callable[[], Tensor]) -> Tensor:
+    def _cached(self, args: tuple[Any, ...], kwargs: dict[str, Any], compute: Callable[[], Tensor]) -> Tensor:
         assert self._trainer is not None
         assert self.cache is not None
         batch, batch_idx = self._batch
@@ -399,7 +408,7 @@ class KnowledgeDistillation(Callback):
                     f"with a length: leave `cache` out, or give the dataset one."
                 )
             self._cache = TeacherCache(self.cache, len(dataset), self._guest)
-        inputs = [leaf for leaf in (*made.args, *made.kwargs.values()) if isinstance(leaf, Tensor)]
+        inputs = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
         return self._cache.lookup(indices, inputs, compute)
 
     # --- features -----------------------------------------------------------------------------------------------------
@@ -497,7 +506,9 @@ class KnowledgeDistillation(Callback):
             return
         step = steps_done(trainer, pl_module)
         if isinstance(self._teacher, EMATeacher) and step > self._last_step and self._capture.name is not None:
-            self._teacher.update(pl_module.get_submodule(self._capture.name))
+            student = pl_module.get_submodule(self._capture.name)
+            self._teacher.follow(student)
+            self._teacher.update(student)
         if registry.is_held(pl_module):
             self._delay += step - self._last_step
         self._last_step = step

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lightning_compress.example_inputs import as_calls, reset_compiled
 from lightning_compress.modules import named_module
@@ -25,23 +26,15 @@ class Call:
         args: What it was given.
         kwargs: What it was given by keyword.
         output: What it returned.
-        versions: How often each of the floating-point tensors given had been changed in place before.
+        answer: What `ask` returned when the call began, ``None`` where it was not asked.
         is_old: Whether a backward pass has been made since.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
-    versions: list[int] | None = None
+    answer: Any = None
     is_old: bool = False
-
-    def refuse_changed_inputs(self) -> None:
-        """Raise ``ValueError`` where an input is not what it was when the call began."""
-        if self.versions is not None and self.versions != _versions(self.args, self.kwargs):
-            raise ValueError(
-                "The student changes its input in place, so that the teacher would get another: let its `forward` "
-                "change a copy (`x = x * 2` for `x *= 2`), or clone the input in `training_step`."
-            )
 
 
 class OutputCapture:
@@ -55,6 +48,8 @@ class OutputCapture:
         root: The module that everything is part of.
         name: The qualified name of the module whose output is meant; ``""`` is `root`, ``None`` finds it.
         features: Names of modules whose outputs are kept as well.
+        ask: Called with the arguments of each call with gradients as it begins, once it is known which module is meant.
+            What comes from it is kept with the call.
 
     Raises:
         ValueError: For a name that does not exist, with the closest ones.
@@ -69,12 +64,20 @@ class OutputCapture:
         ([torch.Size([4, 2])], 'net')
     """
 
-    def __init__(self, root: nn.Module, name: str | None = None, features: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        name: str | None = None,
+        features: Sequence[str] = (),
+        ask: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None,
+    ) -> None:
         self.name = name
+        self._ask = ask
         self._root = root
         self._features = list(features)
         self.is_recording = False
         self._depth = 0
+        self._begun: list[Any] = []  # the answers to calls that have not returned; there are calls within calls
         self._calls: list[Call] = []
         self._found: dict[str, list[Call]] = {}  # by the outermost modules' names, while the search goes on
         self._kept: dict[str, tuple[Tensor, int]] = {}  # with the version of the tensor
@@ -92,17 +95,17 @@ class OutputCapture:
 
     def _watch(self, name: str) -> None:
         capture = self
-        begun: list[list[int]] = []  # of calls within calls
 
         @torch.compiler.disable
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if capture.is_recording:  # DistributedDataParallel calls the root around `training_step`
-                begun.append(_versions(args, kwargs))
+                is_asked = capture._ask is not None and torch.is_grad_enabled()
+                capture._begun.append(capture._ask(args, kwargs) if is_asked else None)
 
         @torch.compiler.disable
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if capture.is_recording:
-                capture._calls.append(Call(args, kwargs, output, begun.pop()))
+                capture._calls.append(Call(args, kwargs, output, capture._begun.pop()))
 
         module = named_module(self._root, name, "module")
         self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
@@ -130,15 +133,19 @@ class OutputCapture:
             if is_meant and not isinstance(module, torch.jit.ScriptModule) and "_orig_mod" not in name.split("."):
                 # what a compiled module wraps is called within it, by compiled code
                 before, after = self._search_hooks(name)
-                self._handles.append(module.register_forward_pre_hook(before))
+                self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
 
     def _search_hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         capture = self
 
         @torch.compiler.disable
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-            capture._depth += capture.is_recording
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not capture.is_recording:
+                return
+            if capture._depth == 0 or name == "":  # nobody is asked yet, and the call may change its inputs in place
+                capture._begun.append(tree_map(_copied, (args, kwargs)))
+            capture._depth += 1
 
         @torch.compiler.disable
         def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -147,7 +154,7 @@ class OutputCapture:
             capture._depth -= 1
             # A LightningModule may be called within another call of its own: all of them are meant.
             if capture._depth == 0 or name == "":
-                capture._found.setdefault(name, []).append(Call(args, kwargs, output))
+                capture._found.setdefault(name, []).append(Call(*capture._begun.pop(), output))
 
         return enter, leave
 
@@ -234,7 +241,7 @@ class OutputCapture:
 
     def forget(self) -> None:
         """Let go of all that is kept."""
-        self._calls, self._found, self._kept = [], {}, {}
+        self._begun, self._calls, self._found, self._kept = [], [], {}, {}
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -249,13 +256,8 @@ _WAY_OUT = (
 )
 
 
-def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-    # Labels and masks may be changed: they are, alike, by teacher and student.
-    return [
-        value._version
-        for value in (*args, *kwargs.values())
-        if isinstance(value, Tensor) and value.is_floating_point() and not value.is_inference()
-    ]
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _is_metric(module: nn.Module) -> bool:

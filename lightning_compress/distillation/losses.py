@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
         >>> round(kl(torch.tensor([[0.0, math.log(3)]]), torch.zeros(1, 2)).item(), 4), round(math.log(4 / 3) / 2, 4)
         (0.1438, 0.1438)
     """
-    return temperature**2 * _divergence(_log_softmax(teacher, temperature), _log_softmax(student, temperature))
+    return _divergence(_log_softmax(teacher, temperature), _log_softmax(student, temperature), temperature**2)
 
 
 def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -78,7 +78,8 @@ def jensen_shannon(student: Tensor, teacher: Tensor, temperature: float = 1.0, b
         raise ValueError(f"`beta` must lie in (0, 1), got {beta!r}. The ends are the losses 'kl' and 'reverse_kl'.")
     log_p, log_q = _log_softmax(teacher, temperature), _log_softmax(student, temperature)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return temperature**2 * (beta * _divergence(log_p, log_m) + (1.0 - beta) * _divergence(log_q, log_m))
+    scale = temperature**2
+    return _divergence(log_p, log_m, beta * scale) + _divergence(log_q, log_m, (1.0 - beta) * scale)
 
 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -136,7 +137,8 @@ def dkd(
         return torch.cat([log_p.gather(1, labels), others.logsumexp(1, keepdim=True)], dim=1), _log_softmax(others)
 
     (q, q_others), (p, p_others) = parts(student), parts(teacher)
-    return temperature**2 * (alpha * _divergence(p, q) + beta * _divergence(p_others, q_others))
+    scale = temperature**2
+    return _divergence(p, q, alpha * scale) + _divergence(p_others, q_others, beta * scale)
 
 
 def dist(student: Tensor, teacher: Tensor, temperature: float = 1.0, beta: float = 1.0, gamma: float = 1.0) -> Tensor:
@@ -200,7 +202,10 @@ def raised(tensor: Tensor) -> Tensor:
         >>> raised(torch.zeros(1, dtype=torch.bfloat16)).dtype, raised(torch.zeros(1, dtype=torch.float64)).dtype
         (torch.float32, torch.float64)
     """
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype in _RAISED else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+_RAISED = (torch.float32, torch.float64)  # what is one already costs no operator
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -218,11 +223,14 @@ def unit(vectors: Tensor) -> Tensor:
 def _log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities of rows; finite, so that 0 · log 0 is 0 where a class is at −inf."""
     logits = raised(logits)
-    return F.log_softmax(logits / temperature, dim=1).clamp(min=torch.finfo(logits.dtype).min)
+    if temperature != 1.0:
+        logits = logits / temperature
+    return F.log_softmax(logits, dim=1).clamp(min=torch.finfo(logits.dtype).min)
 
 
-def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+def _divergence(log_p: Tensor, log_q: Tensor, scale: float = 1.0) -> Tensor:
+    """The mean over rows, times `scale`."""
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) * (scale / len(log_q))
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -326,7 +334,7 @@ class LogitLoss(nn.Module):
         self.standardize = standardize
         self.temperature = None if temperature is None else number(temperature, "temperature", 0.01, 1000.0)
         self.options = {key: number(value, f"options['{key}']") for key, value in (options or {}).items()}
-        self._function = partial(known.function, **self.options)
+        self._function = partial(known.function, **self.options) if self.options else known.function
         self._takes = taken_by(self._function)
         allowed = [name for name in list(_keywords(known.function))[2:] if name not in ("temperature", "labels")]
         for key in self.options:
@@ -349,32 +357,26 @@ class LogitLoss(nn.Module):
         Raises:
             ValueError: If shapes do not fit, if there is one class, or if the loss needs labels and has none.
         """
-        dim = class_dim(student, self.dim)
-        positions = student.shape[:dim] + student.shape[dim + 1 :]
-        if dim == student.dim() == teacher.dim():
-            student, teacher = student[:, None], teacher[:, None]
-        self._check_shapes(student, teacher, dim)
-        if self.needs_classes and student.shape[dim] == 1:
-            raise ValueError(
-                f"The loss '{self.name}' compares classes, and the student returns one number for each sample: use "
-                f"'mse', or a function of both outputs."
-            )
+        if self.dim is None and student.dim() == 2 and student.shape == teacher.shape and student.shape[1] > 1:
+            positions = student.shape[:1]  # as most are: rows already
+        else:
+            student, teacher, positions = self._rows(student, teacher)
         if labels is None and self.needs_labels:
             raise ValueError(
                 f"The loss '{self.name}' needs labels, integers of shape {list(positions)}, and got none. They are "
                 f"looked for in the batch under {', '.join(LABEL_NAMES)}, or in its tuple. "
                 f"Give LogitLoss('{self.name}', labels=lambda batch: ...), or use a loss without labels, such as 'kl'."
             )
-        student, teacher = (raised(rows_of(output, dim)) for output in (student, teacher))
+        student, teacher = raised(student), raised(teacher)
         if labels is not None:
             if labels.shape != positions or labels.dtype not in _INTEGERS:
                 raise ValueError(
                     f"`labels` must be integers of the shape of the positions, {list(positions)}, got {labels.dtype} "
                     f"of shape {list(labels.shape)}."
                 )
-            labels = labels.reshape(-1)
-            counts = labels != self.ignore_index
-            if not counts.all():
+            labels = labels.flatten()
+            if len(labels) and labels.min().item() <= self.ignore_index:  # the quickest way to see that all count
+                counts = labels != self.ignore_index
                 student, teacher, labels = student[counts], teacher[counts], labels[counts]
             if self.needs_labels and len(labels) and not 0 <= labels.min() <= labels.max() < student.shape[1]:
                 raise ValueError(
@@ -389,9 +391,22 @@ class LogitLoss(nn.Module):
             temperature = self.temperature
         return call(self._function, student, teacher, temperature, labels, self._takes)
 
-    def _check_shapes(self, student: Tensor, teacher: Tensor, dim: int) -> None:
-        if student.shape == teacher.shape:
-            return
+    def _rows(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
+        """Both outputs as rows, and the shape of their positions."""
+        dim = class_dim(student, self.dim)
+        positions = student.shape[:dim] + student.shape[dim + 1 :]
+        if dim == student.dim() == teacher.dim():
+            student, teacher = student[:, None], teacher[:, None]
+        if student.shape != teacher.shape:
+            self._refuse_shapes(student, teacher, dim)
+        if self.needs_classes and student.shape[dim] == 1:
+            raise ValueError(
+                f"The loss '{self.name}' compares classes, and the student returns one number for each sample: use "
+                f"'mse', or a function of both outputs."
+            )
+        return rows_of(student, dim), rows_of(teacher, dim), positions
+
+    def _refuse_shapes(self, student: Tensor, teacher: Tensor, dim: int) -> NoReturn:
         if student.dim() == teacher.dim() and student.shape[dim] != teacher.shape[dim]:
             raise ValueError(
                 f"The student has {student.shape[dim]} classes and the teacher {teacher.shape[dim]} (dimension {dim} "
@@ -437,7 +452,8 @@ def rows_of(output: Tensor, dim: int) -> Tensor:
         >>> rows_of(torch.zeros(4, 11, 7), 1).shape
         torch.Size([28, 11])
     """
-    return output.movedim(dim, -1).reshape(-1, output.shape[dim])
+    is_row = output.dim() == 2 and dim == 1  # already, and a view would be one more node of the graph
+    return output if is_row else output.movedim(dim, -1).reshape(-1, output.shape[dim])
 
 
 LABEL_NAMES = ("labels", "label", "targets", "target", "y")
@@ -463,15 +479,20 @@ def find_labels(batch: Any, positions: Sequence[int]) -> Tensor | None:
         >>> find_labels({"x": torch.tensor([1, 0])}, [2]) is None
         True
     """
-    if isinstance(batch, Mapping):
-        candidates = [batch.get(name) for name in LABEL_NAMES]
-    else:
-        candidates = [getattr(batch, name, None) for name in LABEL_NAMES]
-        candidates += reversed(batch) if isinstance(batch, (tuple, list)) else []
-    for value in candidates:
+    for value in _candidates(batch):
         if isinstance(value, Tensor) and value.dtype in _INTEGERS and list(value.shape) == list(positions):
             return value
     return None
+
+
+def _candidates(batch: Any) -> Iterator[Any]:
+    if isinstance(batch, Mapping):
+        yield from (batch.get(name) for name in LABEL_NAMES)
+        return
+    if type(batch) not in (tuple, list):  # which have no such attributes
+        yield from (getattr(batch, name, None) for name in LABEL_NAMES)
+    if isinstance(batch, (tuple, list)):
+        yield from reversed(batch)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ bucket.
 
 from __future__ import annotations
 
+import inspect
 import pickle
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_compress.copying import standalone_copy
 from lightning_compress.distillation.capture import first_tensor, unchanged
-from lightning_compress.example_inputs import ExampleInputs, reset_compiled
+from lightning_compress.example_inputs import reset_compiled
 from lightning_compress.modules import clean_name, named_module
 from lightning_compress.moments import number
 
@@ -34,7 +35,8 @@ class Teacher:
     """Answers what the student is asked, in eval mode and without gradients, on the device of the inputs.
 
     Each member computes in its own precision: floating-point inputs are cast to it, and answers in 16 bits come back
-    as float32. The surrounding autocast holds for members in float32 only. The global random state stays as it is.
+    as float32. The surrounding autocast holds for members in float32 only. The global random state stays as it is,
+    provided that members that draw random numbers in eval mode do so in their first answer.
 
     Args:
         modules: The members; several are an ensemble.
@@ -56,6 +58,8 @@ class Teacher:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._members = list(modules)
         self._flags: list[tuple[nn.Module, bool]] = []  # each submodule, and whether it was in training mode
+        self._draws: bool | None = None  # whether they draw random numbers, which the first answer shows
+        self._first: list[tuple[Tensor, Tensor | None] | None] = []  # of each member, where it is sure to stay
         self._handles: list[Any] = []
         self._watched: list[str] = []
         self._features: dict[str, tuple[Tensor, int]] = {}  # with the version of the tensor
@@ -80,6 +84,7 @@ class Teacher:
             module.eval()
             if device is not None:
                 module.to(device)
+        self._first = [_lasting_first_tensors(module) for module in self.modules]
 
     def detach(self) -> None:
         """Take the hooks away and put each part back into the mode that it was in; parameters stay where they are."""
@@ -99,15 +104,32 @@ class Teacher:
             kwargs: Those by keyword.
         """
         self._features = {}
-        inputs = ExampleInputs(args, dict(kwargs))
-        device = next((leaf.device for leaf in tree_leaves((args, inputs.kwargs)) if isinstance(leaf, Tensor)), None)
+        if args and isinstance(args[0], Tensor):  # as most are, and a tree costs as much as a small loss
+            device: torch.device | None = args[0].device
+        else:
+            device = next((leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         modules = self.modules
         if not self._flags or any(part.training for part, _ in self._flags):  # somebody has called `train()`
             self.attach()
-        cuda = [device] if device is not None and device.type == "cuda" else []
         # Tensors made in inference mode cannot be saved for a backward pass, so no loss could use them.
-        with torch.no_grad(), torch.random.fork_rng(cuda):
-            return [_answer(module, inputs, device) for module in modules]
+        with torch.no_grad():
+            if self._draws is False:
+                return [_answer(*member, args, kwargs, device) for member in zip(modules, self._first, strict=True)]
+            with self._unchanged_random_state(device):
+                return [_answer(*member, args, kwargs, device) for member in zip(modules, self._first, strict=True)]
+
+    @contextmanager
+    def _unchanged_random_state(self, device: torch.device | None) -> Iterator[None]:
+        """Put the random state back, and find out whether there is a need to: it costs as much as a small loss."""
+        is_cuda = device is not None and device.type == "cuda"
+
+        def states() -> list[Tensor]:
+            return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if is_cuda else [])]
+
+        with torch.random.fork_rng([device] if is_cuda else []):
+            before = states()
+            yield
+            self._draws = self._draws or not all(map(torch.equal, before, states()))
 
     def watch(self, names: Sequence[str]) -> None:
         """Keep what layers return at each call, for :meth:`features`.
@@ -300,13 +322,15 @@ def merge(outputs: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: If shapes differ.
     """
+    if len(outputs) == 1:
+        return _single(outputs[0])
     for index, output in enumerate(outputs):
         if output.shape != outputs[0].shape:
             raise ValueError(
                 f"the members of `teacher` must give outputs of one shape, got {tuple(outputs[0].shape)} from member 0 "
                 f"and {tuple(output.shape)} from member {index}: leave one of them out."
             )
-    return _single(outputs[0]) if len(outputs) == 1 else torch.stack([_single(output) for output in outputs]).mean(0)
+    return torch.stack([_single(output) for output in outputs]).mean(0)
 
 
 # What a value means ---------------------------------------------------------------------------------------------------
@@ -373,15 +397,74 @@ def _refuse_shared(module: nn.Module, student: nn.Module) -> None:
 # One member -----------------------------------------------------------------------------------------------------------
 
 
-def _answer(module: nn.Module, inputs: ExampleInputs, device: torch.device | None) -> Any:
-    first = next(chain(module.parameters(), module.buffers()), None)
-    if device is not None and first is not None and first.device != device:
+_First = tuple[Tensor | None, Tensor | None]  # a module's first tensor, and its first one of floating-point numbers
+
+
+def _answer(
+    module: nn.Module,
+    first: _First | None,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    device: torch.device | None,
+) -> Any:
+    anywhere, floating = _first_tensors(module) if first is None else first
+    if device is not None and anywhere is not None and anywhere.device != device:
         module.to(device)
-    dtype = next((p.dtype for p in chain(module.parameters(), module.buffers()) if p.is_floating_point()), None)
-    kind = device.type if device is not None else "cpu"
-    with nullcontext() if dtype in (None, torch.float32) else torch.autocast(kind, enabled=False):
-        cast = inputs.map(lambda tensor: tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor)
-        output = module(*cast.args, **cast.kwargs)
+    dtype = None
+    if floating is not None:
+        dtype = floating.dtype
+        args = tuple([_cast(value, dtype) for value in args])
+        kwargs = {name: _cast(value, dtype) for name, value in kwargs.items()}
+    try:
+        if dtype is None or dtype == torch.float32:
+            return _raised(module(*args, **kwargs))
+        with torch.autocast(device.type if device is not None else "cpu", enabled=False):
+            return _raised(module(*args, **kwargs))
+    except TypeError as error:
+        _explain(error, module, args, kwargs)
+        raise
+
+
+def _explain(error: TypeError, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise where it was the call itself that a module's forward does not take."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return
+    signature = inspect.signature(module.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as reason:
+        names = "".join(f", {name}=" for name in kwargs)
+        raise TypeError(
+            f"The teacher, {type(module).__name__}, takes {signature}, and the student's module was called with "
+            f"{len(args)} positional argument{'s' * (len(args) != 1)}{names} ({reason}): let `teacher_input` make the "
+            f"one from the other, or give `module` the name of a module of the student that takes the same."
+        ) from error
+
+
+def _first_tensors(module: nn.Module) -> _First:
+    def tensors() -> Iterator[Tensor]:
+        return chain(module.parameters(), module.buffers())
+
+    return next(tensors(), None), next((tensor for tensor in tensors() if tensor.is_floating_point()), None)
+
+
+def _lasting_first_tensors(module: nn.Module) -> _First | None:
+    """The same, to be looked for once; ``None`` where ``module.to`` may put other objects in their place."""
+    first = _first_tensors(module)
+    return first if all(type(tensor) is nn.Parameter for tensor in first) else None
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Return a value with all floating-point tensors in it in another precision."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() and value.dtype != dtype else value
+    return tree_map(lambda leaf: _cast(leaf, dtype) if isinstance(leaf, Tensor) else leaf, value)
+
+
+def _raised(output: Any) -> Any:
+    """Return an output with all tensors of 16 bits or less in it as float32."""
+    if isinstance(output, Tensor):
+        return _single(output)
     return tree_map(lambda leaf: _single(leaf) if isinstance(leaf, Tensor) else leaf, output)
 
 

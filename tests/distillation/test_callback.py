@@ -321,13 +321,47 @@ def test_one_pass_may_be_distilled_after_another_backward_pass(tmp_path: Path) -
     assert all(torch.equal(module[name], plain[name]) for name in plain)
 
 
-def test_refuses_inputs_that_the_student_changes(tmp_path: Path) -> None:
-    class Changes(Net):
+@pytest.mark.parametrize("module", [None, ""])
+def test_the_teacher_gets_what_the_student_was_given_before_it_changes_it(tmp_path: Path, module: Any) -> None:
+    """Also in the first step, in which it is not known yet which module is meant."""
+
+    class Halves(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * 0.5)
+
+    class HalvesInPlace(Net):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.mul_(0.5))
 
-    with pytest.raises(ValueError, match="changes its input in place"):
-        distilled(tmp_path, Changes)
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step([batch[0].clone(), batch[1]], batch_idx)
+
+    assert same(distilled(tmp_path, HalvesInPlace, module=module), distilled(tmp_path, Halves, module=module))
+
+
+def test_the_teacher_is_asked_once_for_each_pass_and_not_where_it_has_no_weight(tmp_path: Path) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.calls = teacher(), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.net(x)
+
+    calls = {}
+    for weight in (0.5, 0.0):
+        guide = Counts()
+        run = fit(tmp_path, seeded(Net), [KnowledgeDistillation(guide, weight=weight)])
+        calls[weight] = guide.calls / run.global_step
+    assert calls == {0.5: 1.0, 0.0: 0.0}
+
+
+def test_a_moving_average_of_a_part_begins_before_it_has_a_weight(tmp_path: Path) -> None:
+    weight = {"first": 0.0, "last": 0.9, "schedule": "one_shot", "begin": 0.5, "end": 1.0}
+    module, average = seeded(Net), KnowledgeDistillation("ema:0.9", module="net", weight=weight)
+    fit(tmp_path, module, [average])
+    assert average.state_dict()["ema"].keys() == module.net.state_dict().keys()
 
 
 def test_refuses_features_within_reentrant_checkpointing(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_finds_the_outermost_module(called: Any, name: str) -> None:
         calls, y = record(capture, step)
         assert capture.name == name
         assert [call.output is y for call in calls] == [True]
-        assert calls[0].args[0] is X
+        assert calls[0].args[0].equal(X)
     capture.remove()
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in student.modules()) == 0
 
@@ -75,6 +75,26 @@ def test_keeps_each_call_and_only_those_of_the_recording() -> None:
     calls, _ = record(capture, lambda: student(x=X))
     assert len(calls) == 1
     assert calls[0].kwargs["x"] is X
+
+
+def test_asks_as_a_call_with_gradients_begins() -> None:
+    asked = []
+
+    def ask(args: Any, kwargs: Any) -> float:
+        asked.append(float(args[0].sum()))
+        return asked[-1]
+
+    student = Student()
+    capture = OutputCapture(student, "net", ask=ask)
+    student.net[0].register_forward_pre_hook(lambda module, args: (args[0].zero_(),))
+    with torch.no_grad():
+        student.net(torch.ones(1, 3))
+    calls, _ = record(capture, lambda: (student.net(torch.ones(1, 3)), student.net(torch.ones(2, 3))))
+    assert [call.answer for call in calls] == asked == [3.0, 6.0]
+    with torch.no_grad():
+        calls, _ = record(capture, lambda: student.net(torch.ones(1, 3)))
+    assert [call.answer for call in calls] == [None]
+    assert len(asked) == 2
 
 
 def test_two_modules_are_one_too_many() -> None:

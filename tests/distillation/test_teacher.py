@@ -544,3 +544,18 @@ def test_the_average_of_a_quantized_student_is_float(x: Tensor, range: Any) -> N
     teacher.update(student)
     assert set(teacher.state_dict()) == set(plain.state_dict())
     torch.testing.assert_close(teacher((x,), {})[0], plain(x).detach())
+
+
+def test_another_signature_is_named_with_the_way_out() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, scale: float) -> Tensor:
+            return x * scale
+
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + "1"
+
+    with pytest.raises(TypeError, match=r"Scaled, takes \(x.*, scale.*1 positional argument.*`teacher_input`"):
+        Teacher([Scaled()])((torch.zeros(1),), {})
+    with pytest.raises(TypeError, match="unsupported operand"):  # what goes wrong within is not explained away
+        Teacher([Fails()])((torch.zeros(1),), {})
