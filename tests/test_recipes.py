@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_compress import _hydra_plugin
-from lightning_compress.export import export_onnx, integer_kernels, load_compressed
+from lightning_compress.export import load_compressed
 from lightning_compress.quantization import dequantize
 from tests.helpers import trainer, zeros
 
@@ -88,8 +88,8 @@ def teacher(folder: Path) -> Path:
 class Run:
     """A recipe, made by Hydra in an app that knows nothing of it, and trained."""
 
-    def __init__(self, name: str, folder: Path, *overrides: str) -> None:
-        overrides = (f"callbacks.report.dir={folder / 'report'}", "callbacks.report.plots=false", *overrides)
+    def __init__(self, name: str, folder: Path) -> None:
+        overrides = f"callbacks.report.dir={folder / 'report'}", "callbacks.report.plots=false"
         self.config = compose(name, *overrides, folder=folder)
         self.callbacks = {key: hydra.utils.instantiate(entry) for key, entry in self.config.items()}
         torch.manual_seed(0)
@@ -185,16 +185,6 @@ def test_deep_leaves_a_file_that_is_small_and_holds_the_model_exactly(run: Run) 
 @recipes("two_four", "deep", "prune_qat", "prune_qat_distill")
 def test_rounding_begins_when_the_ramp_of_pruning_has_ended(run: Run) -> None:
     assert run.config.pruning.end == run.config.quantization.begin
-
-
-def test_channels_that_are_cut_out_leave_one_graph_of_integer_kernels(tmp_path: Path) -> None:
-    changes = {"granularity": "channel", "scope": "layer", "final_sparsity": 0.5}
-    run = Run("prune_qat", tmp_path, *(f"callbacks.pruning.{name}={value}" for name, value in changes.items()))
-    smaller = run.callbacks["pruning"].pruned_module
-    assert [layer.weight.shape[0] for layer in smaller.layers()] == [WIDTH // 2, WIDTH // 2, CHANNELS]
-    x = next(iter(images(1, 256)))[0]
-    kernels = integer_kernels(export_onnx(smaller, x[:2], tmp_path / "model.onnx"))
-    assert (kernels["integer"], kernels["weight_only"], kernels["float"]) == (3, 0, 0)
 
 
 # --- the demo ---------------------------------------------------------------------------------------------------------
