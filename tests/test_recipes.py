@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from lightning_compress.export import load_compressed
 from lightning_compress.quantization import dequantize
 from tests.helpers import trainer, zeros
 
-CONF = Path(__file__).parents[1] / "conf/compress"
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf/compress"
 RECIPES = sorted(path.stem for path in CONF.glob("*.yaml") if "defaults" in OmegaConf.load(path))
 COMPRESSED = {"pruning", "quantization", "distillation"}
 CHANNELS, WIDTH, SIDE = 4, 32, 6
@@ -86,9 +89,8 @@ class Run:
     """A recipe, made by Hydra in an app that knows nothing of it, and trained."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.config = compose(
-            name, f"callbacks.report.dir={folder / 'report'}", "callbacks.report.plots=false", folder=folder
-        )
+        overrides = f"callbacks.report.dir={folder / 'report'}", "callbacks.report.plots=false"
+        self.config = compose(name, *overrides, folder=folder)
         self.callbacks = {key: hydra.utils.instantiate(entry) for key, entry in self.config.items()}
         torch.manual_seed(0)
         self.module = ConvNet()
@@ -183,3 +185,46 @@ def test_deep_leaves_a_file_that_is_small_and_holds_the_model_exactly(run: Run) 
 @recipes("two_four", "deep", "prune_qat", "prune_qat_distill")
 def test_rounding_begins_when_the_ramp_of_pruning_has_ended(run: Run) -> None:
     assert run.config.pruning.end == run.config.quantization.begin
+
+
+# --- the demo ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, Any]:
+    """The demo, and what two runs left behind that it has nothing to complain of."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    demo = importlib.import_module("demo")
+    made = []
+    for name, size in (("dense", 1300), ("compressed", 100)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.onnx").write_bytes(bytes(size))
+        rows = {"conv": (16 if size == 100 else 32, 32), "head": (10, 10)}
+        made.append(
+            demo.Result(0.98, 1.0, 1.0, rows, 0.98, tmp_path / name / "model.onnx", tmp_path, size, 0.98, 1.0, (2, 2))
+        )
+    return demo, *made
+
+
+@pytest.mark.parametrize(
+    ("changed", "milliseconds", "size", "complaint"),
+    [
+        ({}, 2.0, 100, None),
+        ({"rows": {"conv": (20, 32)}}, 2.0, 100, "12 of 32 channels are gone, but 16 were asked for"),
+        ({"weights": 1300}, 2.0, 100, "no channels are cut out"),
+        ({"kernels": (1, 2)}, 2.0, 100, "1 of 2 kernels compute with integers"),
+        ({"agreement": 0.99}, 2.0, 100, "agree on 99.00% of the images only"),
+        ({"tested": 0.97}, 2.0, 100, "98.0% after fit, 97.0% from its checkpoint"),
+        ({"onnx_accuracy": 0.975}, 2.0, 100, "0.5 points worse than the dense file"),
+        ({}, 3.0, 100, "3.3 times faster at batch 64, not 4"),
+        ({}, 2.0, 130, "10.0 times smaller than the dense file, not 12"),
+    ],
+)
+def test_the_demo_says_what_is_not_as_it_promised(
+    results: tuple[Any, Any, Any], changed: dict[str, Any], milliseconds: float, size: int, complaint: str | None
+) -> None:
+    demo, dense, compressed = results
+    compressed.onnx.write_bytes(bytes(size))
+    found = demo.complaints(dense, dataclasses.replace(compressed, **changed), [10.0, milliseconds], 0.5)
+    assert len(found) == (complaint is not None)
+    assert complaint is None or complaint in found[0]
