@@ -281,6 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/language_model"), help="folder (%(default)s)")
     args = parser.parse_args(arguments)
+    if args.width < GROUP or args.width % GROUP:
+        parser.error(f"--width must be a multiple of {GROUP}, got {args.width}")
 
     warnings.filterwarnings("ignore", module="lightning.pytorch")  # its advice on how to load data faster
     warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning beside a new torch
