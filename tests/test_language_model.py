@@ -56,6 +56,13 @@ def test_the_label_is_the_byte_that_comes_next(tmp_path: Path) -> None:
     assert counted.sum() == 199
 
 
+@pytest.mark.parametrize("width", ["48", "0"])
+def test_a_width_without_whole_groups_is_refused(width: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        language_model.main(["--width", width])
+    assert f"multiple of {GROUP}, got {width}" in capsys.readouterr().err
+
+
 def test_nothing_to_the_right_is_seen() -> None:
     torch.manual_seed(0)
     net, tokens = Decoder(32, 1).eval(), torch.randint(256, (1, 20))
