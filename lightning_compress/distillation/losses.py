@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -230,7 +230,7 @@ def _log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 def _divergence(log_p: Tensor, log_q: Tensor, scale: float = 1.0) -> Tensor:
     """The mean over rows, times `scale`."""
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) * (scale / len(log_q))
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) * (scale / log_q.shape[0])
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -389,6 +389,8 @@ class LogitLoss(nn.Module):
             student, teacher = standardize(student), standardize(teacher)
         if self.temperature is not None:
             temperature = self.temperature
+        if self._takes == ("temperature",):  # most
+            return self._function(student, teacher, temperature=temperature)
         return call(self._function, student, teacher, temperature, labels, self._takes)
 
     def _rows(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
@@ -479,20 +481,18 @@ def find_labels(batch: Any, positions: Sequence[int]) -> Tensor | None:
         >>> find_labels({"x": torch.tensor([1, 0])}, [2]) is None
         True
     """
-    for value in _candidates(batch):
-        if isinstance(value, Tensor) and value.dtype in _INTEGERS and list(value.shape) == list(positions):
+    candidates: list[Any] = []
+    if isinstance(batch, Mapping):
+        candidates = [batch.get(name) for name in LABEL_NAMES]
+    elif type(batch) not in (tuple, list):  # which have no such attributes
+        candidates = [getattr(batch, name, None) for name in LABEL_NAMES]
+    if isinstance(batch, (tuple, list)):
+        candidates += batch[::-1]
+    shape = tuple(positions)
+    for value in candidates:
+        if isinstance(value, Tensor) and value.shape == shape and value.dtype in _INTEGERS:
             return value
     return None
-
-
-def _candidates(batch: Any) -> Iterator[Any]:
-    if isinstance(batch, Mapping):
-        yield from (batch.get(name) for name in LABEL_NAMES)
-        return
-    if type(batch) not in (tuple, list):  # which have no such attributes
-        yield from (getattr(batch, name, None) for name in LABEL_NAMES)
-    if isinstance(batch, (tuple, list)):
-        yield from reversed(batch)
 
 
 @dataclass(frozen=True)
@@ -573,9 +573,13 @@ def call(
         >>> call(lambda student, teacher, temperature: temperature * (student - teacher), 5.0, 3.0, 4.0, None)
         8.0
     """
-    given = {"temperature": temperature, "labels": labels}
+    given: dict[str, Any] = {}
     names = taken_by(loss) if takes is None else takes
-    return loss(student, teacher, **{name: given[name] for name in names})
+    if "temperature" in names:
+        given["temperature"] = temperature
+    if "labels" in names:
+        given["labels"] = labels
+    return loss(student, teacher, **given)
 
 
 def taken_by(loss: Callable[..., Any]) -> tuple[str, ...]:
