@@ -307,6 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
 
     console.rule()
     console.print(comparison(results))
+    if args.start == "copy":
+        console.print("The compressed models began with the dense one's weights, so they have trained twice as long.")
     console.print(
         "Speed is onnxruntime's, in CPU time of its one thread. 8-bit integers make it faster. A CPU multiplies zeros "
         "like other numbers; some GPUs leave out the zeros of 2:4. 4-bit weights are unpacked for each product, which "
