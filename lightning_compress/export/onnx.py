@@ -262,6 +262,7 @@ class _Lowering:
         self._fold_factors()
         self._separate_clips()
         self._join_reshapes()
+        self._compare_positions()
         self._remove_unused()
         self.graph.sort()
 
@@ -467,6 +468,17 @@ class _Lowering:
                 if bound is not None:
                     value = self._insert(node, kind, [value, bound], f"{node.outputs[0].name}_{kind.lower()}")
             self._replace(node.outputs[0], value)
+
+    def _compare_positions(self) -> None:
+        """Compute masks of what lies ahead, which have as many entries as the tokens squared, when the file is loaded."""
+        for value in list(self.graph.initializers.values()):
+            array, users = self._array(value), tuple(value.uses())
+            if array is None or array.dtype != np.bool_ or array.ndim != 2 or array.size < _MANY**2 or not users:
+                continue
+            if np.array_equal(array, np.triu(np.ones_like(array), 1)):
+                columns, rows = (np.arange(length, dtype=np.int32) for length in (array.shape[1], array.shape[0]))
+                inputs = [self._constant(columns, "columns"), self._constant(rows[:, None], "rows")]
+                self._replace(value, self._insert(users[0][0], "Greater", inputs, "ahead"))
 
     def _join_reshapes(self) -> None:
         for node in self._nodes("Reshape"):

@@ -87,13 +87,14 @@ def attend(
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None:
+    if is_causal:  # compared anew: a matrix would be in the file
+        queries, keys = (torch.arange(length, device=scores.device) for length in scores.shape[-2:])
+        scores = scores.masked_fill(keys > queries.unsqueeze(-1), -torch.inf)
+    elif attn_mask is not None:
         is_bool = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -torch.inf) if is_bool else scores + attn_mask
     probabilities = scores.softmax(-1)
-    if attn_mask is not None and not is_causal:  # a row that sees nothing attends to nothing
+    if attn_mask is not None:  # a row that sees nothing attends to nothing
         probabilities = probabilities.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
     return rounded(F.dropout(probabilities, dropout_p)) @ value
 
