@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import chain
 from typing import Any
@@ -159,14 +158,15 @@ class OutputCapture:
 
     # --- use ----------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Let the calls made within count."""
+    def recording(self) -> OutputCapture:
+        """Let the calls count that are made within ``with capture.recording():``."""
+        return self
+
+    def __enter__(self) -> None:
         self.is_recording, self._depth = True, 0
-        try:
-            yield
-        finally:
-            self.is_recording = False
+
+    def __exit__(self, *error: object) -> None:
+        self.is_recording = False
 
     @property
     def has_calls(self) -> bool:
