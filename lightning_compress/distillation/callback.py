@@ -286,6 +286,8 @@ class KnowledgeDistillation(Callback):
 
     def _with_distillation(self, pl_module: LightningModule, result: Any) -> Any:
         """Return what ``training_step`` returned, with the distillation in its loss."""
+        if isinstance(result, Tensor):
+            return self.add(pl_module, result)
         if result is None:  # a batch that is skipped, unless the loss does not count anyway
             has_calls = self._watching.has_calls
             return self.add(pl_module, None) if has_calls and self._schedules.weight(self._now) == 1.0 else None

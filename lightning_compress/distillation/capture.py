@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import chain
 from typing import Any
@@ -160,6 +159,7 @@ class OutputCapture:
 
     # --- use ----------------------------------------------------------------------------------------------------------
 
+<<<<<<< HEAD
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Let the calls made within count, also those of the root's ``forward`` past all hooks."""
@@ -179,6 +179,17 @@ class OutputCapture:
 
     def _see_direct_call(self) -> None:
         self._is_direct = True
+=======
+    def recording(self) -> OutputCapture:
+        """Let the calls count that are made within ``with capture.recording():``."""
+        return self
+
+    def __enter__(self) -> None:
+        self.is_recording, self._depth = True, 0
+
+    def __exit__(self, *error: object) -> None:
+        self.is_recording = False
+>>>>>>> w5
 
     @property
     def has_calls(self) -> bool:
