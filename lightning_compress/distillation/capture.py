@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import chain
 from typing import Any
@@ -81,6 +82,7 @@ class OutputCapture:
         self._found: dict[str, list[Call]] = {}  # by the outermost modules' names, while the search goes on
         self._kept: dict[str, tuple[Tensor, int]] = {}  # with the version of the tensor
         self._handles: list[Any] = []
+        self._redirected: AbstractContextManager[None] | None = None
         self._is_direct: bool | None = None  # whether the root's forward is called past all hooks
         reset_compiled(self._root)
         self._watch_features()
@@ -159,37 +161,27 @@ class OutputCapture:
 
     # --- use ----------------------------------------------------------------------------------------------------------
 
-<<<<<<< HEAD
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Let the calls made within count, also those of the root's ``forward`` past all hooks."""
-        self.is_recording, self._depth = True, 0
-        # Whether the root is called so shows in the first recording, and costs later ones nothing.
-        is_new = self._is_direct is None
-        try:
-            if self._is_direct is False or self.name:
-                yield
-            else:
-                with as_calls(self._root, self._see_direct_call):
-                    yield
-        finally:
-            self.is_recording = False
-            if is_new and self.has_calls:
-                self._is_direct = bool(self._is_direct)
-
-    def _see_direct_call(self) -> None:
-        self._is_direct = True
-=======
     def recording(self) -> OutputCapture:
-        """Let the calls count that are made within ``with capture.recording():``."""
+        """Let the calls within ``with capture.recording():`` count, those of the bare ``forward`` too."""
         return self
 
     def __enter__(self) -> None:
         self.is_recording, self._depth = True, 0
+        # Whether the root is called past its hooks shows in the first recording, and costs later ones nothing.
+        if self._is_direct is not False and not self.name:
+            self._redirected = as_calls(self._root, self._see_direct_call)
+            self._redirected.__enter__()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.is_recording = False
->>>>>>> w5
+        if self._redirected is not None:
+            redirected, self._redirected = self._redirected, None
+            redirected.__exit__(*error)
+            if self.has_calls:
+                self._is_direct = bool(self._is_direct)
+
+    def _see_direct_call(self) -> None:
+        self._is_direct = True
 
     @property
     def has_calls(self) -> bool:
