@@ -470,7 +470,7 @@ class _Lowering:
             self._replace(node.outputs[0], value)
 
     def _compare_positions(self) -> None:
-        """Let runtimes compute masks of what lies ahead, whose entries are the tokens squared, when they load the file."""
+        """Let runtimes compute the masks of what lies ahead: tokens squared, their entries would fill a file."""
         for value in list(self.graph.initializers.values()):
             array, users = self._array(value), tuple(value.uses())
             if array is None or array.dtype != np.bool_ or array.ndim != 2 or array.size < _MANY**2 or not users:
