@@ -976,16 +976,3 @@ def test_training_differs_from_a_run_without_only_by_the_rates(tmp_path):
     helpers.trainer(tmp_path).fit(plain, StatefulLoader())
     helpers.trainer(tmp_path, [LearningRateSchedule(warmup=0, decay="constant")]).fit(scheduled, StatefulLoader())
     assert same(dict(plain.state_dict()), dict(scheduled.state_dict()))
-
-
-# --- documentation ----------------------------------------------------------------------------------------------------
-
-
-def test_the_page_runs(tmp_path, monkeypatch):
-    page = Path(__file__).parents[1] / "docs" / "learning_rate.md"
-    blocks = [part.split("```")[0] for part in page.read_text().split("```python\n")[1:]]
-    assert blocks
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"__name__": "page"}
-    for block in blocks:
-        exec(compile(block, str(page), "exec", dont_inherit=True), names)
