@@ -639,6 +639,8 @@ def _checkpoints(
                 entry["sparsity"] = zeros / total
         except Exception as error:  # whatever torch.load raises: a report must not end a training
             entry["left_out"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            if "Unsupported global" in str(error):
+                entry["left_out"] = "torch.load refuses the objects that `save_hyperparameters` has put into it"
         yield entry
 
 

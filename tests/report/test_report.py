@@ -365,6 +365,19 @@ def test_the_best_checkpoint_is_said_to_be_float(tmp_path, capsys):
     assert re.search(r"! best_model_path .* was written before quantization began", text(capsys))
 
 
+def test_a_checkpoint_with_objects_is_named(tmp_path):
+    class Configured(Net):
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters({"path": Path("data")})
+
+    report = CompressionReport(str(tmp_path), plots=False, latency=False)
+    callbacks = [report, GradualPruning(0.5), ModelCheckpoint(tmp_path / "ckpt")]
+    trainer(tmp_path, callbacks, enable_checkpointing=True).fit(seeded(Configured), StatefulLoader(), held_out())
+    (entry,) = read(report)["checkpoints"]
+    assert entry["left_out"] == "torch.load refuses the objects that `save_hyperparameters` has put into it"
+
+
 def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path, capsys):
     class Spoils(Callback):
         def on_fit_end(self, trainer, pl_module):
