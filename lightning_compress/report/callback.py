@@ -61,6 +61,7 @@ class _Run:
     inputs: ExampleInputs | None = None
     inputs_of: str = ""
     inputs_from: str | None = None
+    validated_sparsity: float | None = None
     left_out: str | None = None
 
 
@@ -175,17 +176,22 @@ class CompressionReport(Callback):
         if run.capture is not None:
             self._take_captured(trainer, pl_module, "the first training batch", is_last_chance=True)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the sparsity and the metrics."""
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the sparsity that the metrics will be of: a guard may roll back before this callback's turn comes."""
         if self._run is not None and not trainer.sanity_checking:
-            self._note(trainer, pl_module)
+            self._run.validated_sparsity = self._sparsity(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the metrics."""
+        if self._run is not None and not trainer.sanity_checking:
+            self._note(trainer, self._run.validated_sparsity)
         if self._run is not None:
             self._note_representations(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the sparsity and the metrics where there is no validation."""
         if not trainer.enable_validation:
-            self._note(trainer, pl_module)
+            self._note(trainer, self._sparsity(pl_module))
 
     # --- after training -----------------------------------------------------------------------------------------------
 
@@ -197,7 +203,7 @@ class CompressionReport(Callback):
         sparsity = _claimed_sparsity(counts, techniques)
         last = self._history[-1] if self._history else {}
         if (last.get("step"), last.get("sparsity")) != (trainer.global_step, sparsity):
-            self._note(trainer, pl_module, sparsity)
+            self._note(trainer, sparsity)
         if not trainer.is_global_zero:
             return
 
@@ -277,11 +283,11 @@ class CompressionReport(Callback):
 
     # --- figures ------------------------------------------------------------------------------------------------------
 
-    def _note(self, trainer: Trainer, pl_module: LightningModule, sparsity: float | None = None) -> None:
-        if sparsity is None:
-            techniques = [_facts(technique) for technique in registry.techniques(pl_module)]
-            counts = measure.count_parameters(pl_module, _claimed_names(techniques))
-            sparsity = _claimed_sparsity(counts, techniques)
+    def _sparsity(self, pl_module: LightningModule) -> float | None:
+        techniques = [_facts(technique) for technique in registry.techniques(pl_module)]
+        return _claimed_sparsity(measure.count_parameters(pl_module, _claimed_names(techniques)), techniques)
+
+    def _note(self, trainer: Trainer, sparsity: float | None) -> None:
         self._history.append(
             {
                 "step": trainer.global_step,

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from omegaconf import OmegaConf
 from torch import nn
 
-from lightning_compress import QuantizationAwareTraining, registry
+from lightning_compress import AccuracyGuard, QuantizationAwareTraining, registry
 from lightning_compress.pruning import GradualPruning
 from lightning_compress.report import CompressionReport
 from tests.helpers import (
@@ -363,6 +363,20 @@ def test_the_best_checkpoint_is_said_to_be_float(tmp_path, capsys):
     (entry,) = read(report)["checkpoints"]
     assert (entry["sparsity"], entry["not_begun"], entry["left_out"]) == (None, ["quantization"], None)
     assert re.search(r"! best_model_path .* was written before quantization began", text(capsys))
+
+
+@pytest.mark.filterwarnings("ignore:GradualPruning. the run stopped before `end=")
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_metric_stands_beside_the_sparsity_that_it_was_measured_at(tmp_path, is_first):
+    report = CompressionReport(str(tmp_path), plots=False, latency=False)
+    guard = AccuracyGuard("score", baseline=1.0, tolerance=0.3, action="rollback")
+    callbacks = [GradualPruning(0.95, begin=0.1, end=0.9, every=1), *([report, guard] if is_first else [guard, report])]
+    trainer(tmp_path, callbacks, max_epochs=6).fit(seeded(Worsening), StatefulLoader(), held_out())
+    assert guard.events
+    history = report.figures["history"]
+    for row in history:
+        assert row["metrics"]["score"] == pytest.approx(1.0 - row["sparsity"] / 2, abs=1e-6)
+    assert min(row["metrics"]["score"] for row in history) < 0.7  # the attempt that failed is among them
 
 
 def test_a_checkpoint_with_objects_is_named(tmp_path):
