@@ -148,6 +148,7 @@ class KnowledgeDistillation(Callback):
         self._own_step: Any = None  # what `training_step` was in the module's own attributes
         self._batch: tuple[Any, int] = (None, 0)
         self._is_added = False
+        self._was_recording = False
         self._last_step = self._delay = 0
         self._trainer: Trainer | None = None
         self._values: _Values | None = None
@@ -452,9 +453,16 @@ class KnowledgeDistillation(Callback):
         # A group of its own would be one more than a learning rate schedule knows.
         trainer.optimizers[place[0]].param_groups[place[1]]["params"].extend(projector.parameters())
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Look away while activation checkpointing calls modules anew, within ``training_step`` if it is manual."""
+        if self._capture is not None:
+            self._was_recording = self._capture.is_recording
+            self._capture.is_recording = False
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average the projectors' gradients over processes: DistributedDataParallel does not know of them."""
         if self._capture is not None:
+            self._capture.is_recording = self._was_recording
             self._capture.mark()
         if self._projectors and trainer.world_size > 1:
             for projector in self._projectors.values():

@@ -357,6 +357,21 @@ def test_the_teacher_is_asked_once_for_each_pass_and_not_where_it_has_no_weight(
     assert calls == {0.5: 1.0, 0.0: 0.0}
 
 
+def test_the_teacher_is_not_asked_again_where_activations_are_computed_again(tmp_path: Path) -> None:
+    class Checkpointed(ManualNet):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            out = checkpoint(self.net, batch[0], use_reentrant=False)
+            self.manual_backward(distilled_loss(self, F.cross_entropy(out, batch[1])))
+            optimizer.step()
+
+    guide, calls = teacher(), []
+    guide.register_forward_hook(lambda module, args, output: calls.append(1))
+    run = fit(tmp_path, seeded(Checkpointed), [KnowledgeDistillation(guide, module="net")])
+    assert len(calls) == run.global_step > 0
+
+
 def test_a_moving_average_of_a_part_begins_before_it_has_a_weight(tmp_path: Path) -> None:
     weight = {"first": 0.0, "last": 0.9, "schedule": "one_shot", "begin": 0.5, "end": 1.0}
     module, average = seeded(Net), KnowledgeDistillation("ema:0.9", module="net", weight=weight)
