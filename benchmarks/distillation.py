@@ -14,7 +14,7 @@ with seed 100, in the same way and on the same images. The cache and the splits 
 
 Students: LeNet-300-100 from a LeNet-5, dense and pruned, on 4,000 images, three seeds; and a ResidualCNN of a quarter
 of the teacher's parameters from a ResidualCNN, on 1,000 images, six seeds. On 4,000 the latter's gap to its teacher is
-four of 1,000 images, as much as two seeds differ; on 1,000 it is sixty-five of 4,000. The share of the gap that the
+four of 1,000 images, as much as two seeds differ; on 1,000 it is seventy of 4,000. The share of the gap that the
 teacher closes is (with teacher − alone) / (teacher − alone), of the means; its standard error is that of the
 difference seed by seed, and takes this one teacher as given.
 

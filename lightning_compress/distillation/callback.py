@@ -43,11 +43,11 @@ class _Values:
 class KnowledgeDistillation(Callback):
     """Train a model to do what a teacher does, beside its own loss.
 
-    In each training step, right after ``training_step``, the teacher gets what the student's forward pass was given,
-    and the loss becomes (1 − weight) · loss of ``training_step`` + weight · distillation. The student makes no forward
-    pass of its own for it, and needs no change. Where ``training_step`` makes several passes with gradients, their mean
-    is taken. The teacher is a guest: in eval mode, without gradients, on the
-    student's device, and in no checkpoint, optimizer or ``state_dict``.
+    In each training step, right before the student's forward pass, the teacher gets what that is given; right after
+    ``training_step`` the loss becomes (1 − weight) · loss of ``training_step`` + weight · distillation. The student
+    makes no forward pass of its own for it, and needs no change. Where ``training_step`` makes several passes with
+    gradients, their mean is taken. The teacher is a guest: in eval mode, without gradients, on the student's device,
+    and in no checkpoint, optimizer or ``state_dict``.
 
     Args:
         teacher: A module or LightningModule; the path of a Lightning checkpoint of the student's own class; a dict with
@@ -71,7 +71,7 @@ class KnowledgeDistillation(Callback):
         features: ``{"student.layer": "teacher.layer"}`` distils what these layers return, by mean squared error (hint);
             ``{"student.layer": {"layer": "teacher.layer", "loss": "attention", "weight": 0.5}}`` chooses ``hint``,
             ``attention``, ``relation`` or ``cosine``. Where a hint's shapes differ, a projector that the student's
-            optimizer trains is put between.
+            optimizer trains is put between. Of a layer that is called several times, the last output counts.
         initialize: ``"copy"`` starts the student from the teacher's weights where names and shapes match, and from the
             most important channels where the student is narrower; ``{"student.layer": "teacher.layer"}`` says which
             layer starts from which.
@@ -360,7 +360,10 @@ class KnowledgeDistillation(Callback):
         find = getattr(loss, "labels", None)
         if callable(find):
             return find(batch)
-        dim = class_dim(student, loss.dim if isinstance(loss, LogitLoss) else None)
+        dim = loss.dim if isinstance(loss, LogitLoss) else None
+        if dim is None and student.dim() == 2:
+            return find_labels(batch, student.shape[:1])
+        dim = class_dim(student, dim)
         return find_labels(batch, student.shape[:dim] + student.shape[dim + 1 :])
 
     def _teacher_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -77,7 +77,8 @@ class OutputCapture:
         self._features = list(features)
         self.is_recording = False
         self._depth = 0
-        self._begun: list[Any] = []  # the answers to calls that have not returned; there are calls within calls
+        # of calls that have not returned, the answers, or in the search the arguments; there are calls within calls
+        self._begun: list[Any] = []
         self._calls: list[Call] = []
         self._found: dict[str, list[Call]] = {}  # by the outermost modules' names, while the search goes on
         self._kept: dict[str, tuple[Tensor, int]] = {}  # with the version of the tensor
@@ -100,8 +101,8 @@ class OutputCapture:
         @torch.compiler.disable
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if capture.is_recording:  # DistributedDataParallel calls the root around `training_step`
-                is_asked = capture._ask is not None and torch.is_grad_enabled()
-                capture._begun.append(capture._ask(args, kwargs) if is_asked else None)
+                ask = capture._ask
+                capture._begun.append(ask(args, kwargs) if ask is not None and torch.is_grad_enabled() else None)
 
         @torch.compiler.disable
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -155,7 +156,8 @@ class OutputCapture:
             capture._depth -= 1
             # A LightningModule may be called within another call of its own: all of them are meant.
             if capture._depth == 0 or name == "":
-                capture._found.setdefault(name, []).append(Call(*capture._begun.pop(), output))
+                given, given_by_name = capture._begun.pop()
+                capture._found.setdefault(name, []).append(Call(given, given_by_name, output))
 
         return enter, leave
 

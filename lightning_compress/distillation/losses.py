@@ -202,10 +202,10 @@ def raised(tensor: Tensor) -> Tensor:
         >>> raised(torch.zeros(1, dtype=torch.bfloat16)).dtype, raised(torch.zeros(1, dtype=torch.float64)).dtype
         (torch.float32, torch.float64)
     """
-    return tensor if tensor.dtype in _RAISED else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype in _LOWEST else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-_RAISED = (torch.float32, torch.float64)  # what is one already costs no operator
+_LOWEST = {dtype: torch.finfo(dtype).min for dtype in (torch.float32, torch.float64)}
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def _log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     logits = raised(logits)
     if temperature != 1.0:
         logits = logits / temperature
-    return F.log_softmax(logits, dim=1).clamp(min=torch.finfo(logits.dtype).min)
+    return logits.log_softmax(1).clamp(min=_LOWEST[logits.dtype])
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, scale: float = 1.0) -> Tensor:
