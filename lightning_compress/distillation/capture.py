@@ -205,6 +205,7 @@ class OutputCapture:
         if not calls:
             what = f"'{self.name}'" if self.name else f"{type(self._root).__name__}'s own forward"
             raise ValueError(f"`training_step` never calls {what}, whose output is to be distilled. {_WAY_OUT}")
+        self._is_direct = bool(self._is_direct)
         return calls
 
     def _choose(self) -> None:
