@@ -59,7 +59,7 @@ class Teacher:
         self._members = list(modules)
         self._flags: list[tuple[nn.Module, bool]] = []  # each submodule, and whether it was in training mode
         self._draws: bool | None = None  # whether they draw random numbers, which the first answer shows
-        self._first: list[tuple[Tensor, Tensor | None] | None] = []  # of each member, where it is sure to stay
+        self._first: list[_First | None] = []  # of each member, where it is sure to stay
         self._handles: list[Any] = []
         self._watched: list[str] = []
         self._features: dict[str, tuple[Tensor, int]] = {}  # with the version of the tensor
@@ -121,12 +121,12 @@ class Teacher:
     @contextmanager
     def _unchanged_random_state(self, device: torch.device | None) -> Iterator[None]:
         """Put the random state back, and find out whether there is a need to: it costs as much as a small loss."""
-        is_cuda = device is not None and device.type == "cuda"
+        cuda = [device] if device is not None and device.type == "cuda" else []
 
         def states() -> list[Tensor]:
-            return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if is_cuda else [])]
+            return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
 
-        with torch.random.fork_rng([device] if is_cuda else []):
+        with torch.random.fork_rng(cuda):
             before = states()
             yield
             self._draws = self._draws or not all(map(torch.equal, before, states()))
