@@ -9,7 +9,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 .PHONY: help demo test lint format clean
 
 help:
-	@echo "make demo     train a small network dense, and pruned and quantized; compare the two (about a minute)"
+	@echo "make demo     train a small network dense, and compressed in one fit; compare the two (about two minutes)"
 	@echo "make test     run all tests"
 	@echo "make lint     check style and types"
 	@echo "make format   mend what the linter can mend"
