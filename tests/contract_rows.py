@@ -230,4 +230,4 @@ ROWS = {
 ALONE = {name: row for name, row in ROWS.items() if row.is_alone}
 
 # One of each class, for the runs that have all of them.
-TOGETHER = ("pruning", "quantization", "distillation_features", "learning_rate", "report", "guard")
+TOGETHER = ("regularization", "pruning", "quantization", "distillation_features", "learning_rate", "report", "guard")
