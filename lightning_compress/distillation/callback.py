@@ -202,7 +202,6 @@ class KnowledgeDistillation(Callback):
             example = ExampleInputs(*self._teacher_inputs(inputs.args, inputs.kwargs))
         mapping = None if isinstance(self.initialize, str) else self.initialize
         self._copied = copy_weights(pl_module, teacher.modules[0], mapping, example)
-        rank_zero_info(f"KnowledgeDistillation: {self._copied.describe()}")
 
     @property
     def _guest(self) -> Teacher:
