@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -112,11 +112,8 @@ class Teacher:
         if not self._flags or any(part.training for part, _ in self._flags):  # somebody has called `train()`
             self.attach()
         # Tensors made in inference mode cannot be saved for a backward pass, so no loss could use them.
-        with torch.no_grad():
-            if self._draws is False:
-                return [_answer(*member, args, kwargs, device) for member in zip(modules, self._first, strict=True)]
-            with self._unchanged_random_state(device):
-                return [_answer(*member, args, kwargs, device) for member in zip(modules, self._first, strict=True)]
+        with torch.no_grad(), nullcontext() if self._draws is False else self._unchanged_random_state(device):
+            return [_answer(*member, args, kwargs, device) for member in zip(modules, self._first, strict=True)]
 
     @contextmanager
     def _unchanged_random_state(self, device: torch.device | None) -> Iterator[None]:
@@ -416,9 +413,8 @@ def _answer(
         args = tuple([_cast(value, dtype) for value in args])
         kwargs = {name: _cast(value, dtype) for name, value in kwargs.items()}
     try:
-        if dtype is None or dtype == torch.float32:
-            return _raised(module(*args, **kwargs))
-        with torch.autocast(device.type if device is not None else "cpu", enabled=False):
+        kind = device.type if device is not None else "cpu"
+        with nullcontext() if dtype in (None, torch.float32) else torch.autocast(kind, enabled=False):
             return _raised(module(*args, **kwargs))
     except TypeError as error:
         _explain(error, module, args, kwargs)

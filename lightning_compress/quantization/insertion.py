@@ -26,7 +26,7 @@ from lightning_compress.quantization.layers import (
     Range,
     WeightQuantizer,
 )
-from lightning_compress.quantization.placement import Place, Placement, parameters_read, place
+from lightning_compress.quantization.placement import Place, Placement, Traces, parameters_read, place
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _PROJECTIONS = ("in_proj", "q_proj", "k_proj", "v_proj")
@@ -162,10 +162,10 @@ def insert(
         if (insertion.settings, insertion.patterns) == (settings, patterns):
             return insertion
     insertion = Insertion(settings, patterns)
-    chosen = _choose(module, insertion, include, exclude)
+    chosen, traces = _choose(module, insertion, include, exclude)
     for name, layer in chosen.items():
         _quantize_layer(name, layer, insertion)
-    _Placer(module, chosen, insertion, settings.activation_bits).run()
+    _Placer(module, chosen, insertion, settings.activation_bits, traces).run()
     _avoid_fused_paths(module, chosen)
     _name_quantizers(module, insertion)
     module.__dict__.setdefault("_insertions", []).append(insertion)
@@ -233,8 +233,8 @@ def projection_quantizers(attention: nn.MultiheadAttention) -> Iterator[tuple[st
 
 def _choose(
     module: nn.Module, insertion: Insertion, include: Sequence[str] | None, exclude: Sequence[str] | None
-) -> dict[str, nn.Module]:
-    """Return the layers to quantize by name, each once, and note why others are left alone."""
+) -> tuple[dict[str, nn.Module], Traces]:
+    """Return the layers to quantize by name, each once, and the traces made; note why others are left alone."""
     targets = select_parameters(module, include, exclude, types=(*WEIGHTED, nn.Embedding))
     modules = {clean_name(name): child for name, child in module.named_modules(remove_duplicate=False)}
     names = dict.fromkeys(name.rpartition(".")[0] for target in targets for name in (target.name, *target.aliases))
@@ -255,12 +255,14 @@ def _choose(
         else:
             chosen[name] = layer
     _choose_projections(chosen, insertion, modules, exclude or ())
-    _separate_reads(module, chosen, insertion)
+    ids = {id(layer) for layer in chosen.values()}
+    traces = Traces(lambda layer: id(layer) in ids)
+    _separate_reads(module, chosen, insertion, traces)
     _separate_ties(chosen, insertion, modules)
     if not chosen:
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in insertion.skipped.items())
         raise ValueError(f"Nothing to quantize in {type(module).__name__}: {reasons}.")
-    return chosen
+    return chosen, traces
 
 
 def _choose_projections(
@@ -312,16 +314,15 @@ def _why_not(layer: nn.Module, settings: Settings) -> str:
     return ""
 
 
-def _separate_reads(module: nn.Module, chosen: dict[str, nn.Module], insertion: Insertion) -> None:
+def _separate_reads(module: nn.Module, chosen: dict[str, nn.Module], insertion: Insertion, traces: Traces) -> None:
     """Leave a weight float that a forward reads itself as well: it would compute with other numbers than the layer."""
-    ids = {id(layer) for layer in chosen.values()}
 
     def read(module: nn.Module) -> set[int]:
-        if not any(True for _ in module.children()) or ids.isdisjoint(map(id, module.modules())):
+        if not any(True for _ in module.children()) or not any(map(traces.is_target, module.modules())):
             return set()
         if _has_forward(module):
             with contextlib.suppress(Exception):  # whatever a forward may raise on symbols
-                return parameters_read(module, lambda layer: id(layer) in ids)
+                return parameters_read(module, traces.of(module))
         return set().union(*map(read, module.children()))
 
     found = read(module)
@@ -379,8 +380,15 @@ def _quantize_layer(name: str, layer: nn.Module, insertion: Insertion) -> None:
 
 
 class _Placer:
-    def __init__(self, module: nn.Module, chosen: dict[str, nn.Module], insertion: Insertion, bits: int | None) -> None:
-        self.module, self.chosen, self.insertion, self.bits = module, chosen, insertion, bits
+    def __init__(
+        self,
+        module: nn.Module,
+        chosen: dict[str, nn.Module],
+        insertion: Insertion,
+        bits: int | None,
+        traces: Traces,
+    ) -> None:
+        self.module, self.chosen, self.insertion, self.bits, self.traces = module, chosen, insertion, bits, traces
         self.targets = {id(layer) for layer in chosen.values()}
         self.done: set[int] = set()
 
@@ -419,7 +427,7 @@ class _Placer:
         reason = ""
         if _has_forward(module):
             try:
-                placement = place(module, lambda layer: id(layer) in self.targets)
+                placement = place(module, self.traces.of(module), lambda layer: id(layer) in self.targets)
             except Exception as error:  # whatever a forward may raise on symbols
                 reason = str(error).partition("\n")[0][:200] or type(error).__name__
             else:
@@ -478,10 +486,7 @@ class _Placer:
         if hasattr(module, "functional_quantizers"):
             return  # another QuantizationAwareTraining rounds here already
         shared.update({found.tensor: self.make_for(found) for found in places})
-        quantizers: dict[str, nn.Module] = {
-            "_".join(map(str, (found.use, found.index, *filter(None, [found.part])))): shared[found.tensor]
-            for found in places
-        }
+        quantizers: dict[str, nn.Module] = {found.key: shared[found.tensor] for found in places}
         functions = {found.function for found in places}
         functional.watch(module, functional.FunctionalQuantizers(functions, calls, quantizers))
 

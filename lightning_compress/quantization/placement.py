@@ -110,6 +110,11 @@ class Place:
     is_probability: bool = False
     part: str = ""
 
+    @property
+    def key(self) -> str:
+        """The name of its quantizer among those of the functions that a module's forward calls."""
+        return f"{self.use}_{self.index}" + (f"_{self.part}" if self.part else "")
+
 
 @dataclass
 class Placement:
@@ -272,33 +277,59 @@ def trace(module: nn.Module, is_target: Callable[[nn.Module], bool]) -> _Tracer:
     return found[0]
 
 
-def parameters_read(module: nn.Module, is_target: Callable[[nn.Module], bool]) -> set[int]:
+class Traces:
+    """Traces modules, each once.
+
+    Args:
+        is_target: Whether a layer's weight may be quantized: its own forward is not looked into.
+    """
+
+    def __init__(self, is_target: Callable[[nn.Module], bool]) -> None:
+        self.is_target = is_target
+        self._known: dict[int, _Tracer | Exception] = {}
+
+    def of(self, module: nn.Module) -> _Tracer:
+        """Return the trace of a module.
+
+        Raises:
+            Exception: Whatever tracing raises; the module cannot be traced then.
+        """
+        if id(module) not in self._known:
+            try:
+                self._known[id(module)] = trace(module, self.is_target)
+            except Exception as error:  # whatever a forward may raise on symbols
+                self._known[id(module)] = error
+        found = self._known[id(module)]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def parameters_read(module: nn.Module, tracer: _Tracer) -> set[int]:
     """Return the parameters, by identity, that forwards read themselves, such as a weight that is used a second time.
 
-    Raises:
-        Exception: Whatever tracing raises; the module cannot be traced then.
+    Args:
+        module: The module.
+        tracer: Its trace.
     """
-    nodes = trace(module, is_target).graph.nodes
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    return {id(parameters[str(node.target)]) for node in nodes if str(node.target) in parameters}
+    return {id(parameters[str(node.target)]) for node in tracer.graph.nodes if str(node.target) in parameters}
 
 
-def place(module: nn.Module, is_target: Callable[[nn.Module], bool]) -> Placement:
+def place(module: nn.Module, tracer: _Tracer, is_target: Callable[[nn.Module], bool]) -> Placement:
     """Return where the activations of a module are rounded, so that its layers find integers.
 
     Args:
         module: The module.
+        tracer: Its trace.
         is_target: Whether a layer's weight is quantized.
-
-    Raises:
-        Exception: Whatever tracing raises; the module cannot be traced then.
     """
-    return _Planner(module, trace(module, is_target)).plan()
+    return _Planner(module, tracer, is_target).plan()
 
 
 class _Planner:
-    def __init__(self, module: nn.Module, tracer: _Tracer) -> None:
-        self.calls, self.is_target = tracer.calls, tracer.is_target
+    def __init__(self, module: nn.Module, tracer: _Tracer, is_target: Callable[[nn.Module], bool]) -> None:
+        self.calls, self.is_target = tracer.calls, is_target
         self.modules = dict(module.named_modules(remove_duplicate=False))
         self.nodes = list(tracer.graph.nodes)
         self._reaches: dict[fx.Node, bool] = {}
