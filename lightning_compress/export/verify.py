@@ -139,13 +139,18 @@ def _open_safetensors(path: Path, module: nn.Module) -> Callable[..., Any]:
     return load_compressed(path, copied)
 
 
-def _open_onnx(path: Path, module: nn.Module, inputs: ExampleInputs) -> Callable[..., Any]:
+def onnx_session(path: str | os.PathLike[str]) -> Any:
+    """Open an ONNX file in onnxruntime, on the CPU, with as many threads as torch has; returns the session."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+
+
+def _open_onnx(path: Path, module: nn.Module, inputs: ExampleInputs) -> Callable[..., Any]:
+    session = onnx_session(path)
     names = [entry.name for entry in session.get_inputs()]
     order = tree_flatten(named_arguments(_bound(module, inputs.args, inputs.kwargs)))[1]
     with torch.no_grad():

@@ -7,17 +7,15 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_compress.example_inputs import ExampleInputs, named_arguments
+from lightning_compress.export.verify import ExportedFile, onnx_session
 from lightning_compress.report.measure import Latency, latencies, median_time
-
-if TYPE_CHECKING:
-    from lightning_compress.export.verify import ExportedFile
 
 RUNTIMES = {"onnx": "onnxruntime", "pt2": "torch.export"}
 """What opens a file of a format. A safetensors file is opened by the module itself, whose latency is known."""
@@ -83,12 +81,7 @@ def file_latencies(
 
 
 def _open_onnx(path: str | os.PathLike[str], module: nn.Module) -> Callable[[ExampleInputs], Callable[[], Any]]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    session = onnx_session(path)
     names = [entry.name for entry in session.get_inputs()]
 
     def prepare(inputs: ExampleInputs) -> Callable[[], Any]:
